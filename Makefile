@@ -1,0 +1,30 @@
+PYTHON ?= python3
+DATA ?= digits
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+# Trains, samples and scores a small DiS; run again, it resumes or says that it is done.
+demo: $(READY)
+	$(BIN)/dis-ssm train experiments/configs/$(DATA).toml --out runs/$(DATA)
+	$(BIN)/dis-ssm sample runs/$(DATA)
+	$(BIN)/dis-ssm evaluate runs/$(DATA)
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,13 @@
+"""The two operations of a Mamba block, each with its PyTorch reference beside it."""
+
+from dis_ssm.ops.backend import backend_report
+from dis_ssm.ops.conv import bidirectional_causal_conv1d, causal_conv1d
+from dis_ssm.ops.scan import bidirectional_selective_scan, selective_scan
+
+__all__ = [
+    "backend_report",
+    "bidirectional_causal_conv1d",
+    "bidirectional_selective_scan",
+    "causal_conv1d",
+    "selective_scan",
+]

@@ -1,0 +1,101 @@
+"""Which implementation runs an op: one place, no silent fallback."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from dis_ssm.ops import native
+
+log = logging.getLogger("dis_ssm")
+
+BACKENDS = ("reference", "cpu", "cuda", "mamba_ssm")
+
+
+@torch.compiler.assume_constant_result
+def _forced() -> str | None:
+    """``$DIS_SSM_BACKEND``, for the whole process."""
+    return os.environ.get("DIS_SSM_BACKEND") or None
+
+
+@torch.compiler.assume_constant_result
+def _native_ready() -> bool:
+    reason = native.why_not()
+    if reason:
+        _say_once(f"running the PyTorch reference on the CPU, far slower than the kernel: {reason}")
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def _no_cuda_kernel() -> bool:
+    _say_once("running the PyTorch reference on the GPU: this version has no fused CUDA kernel")
+    return True
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning("dis_ssm: %s", message)
+
+
+def select(backend: str | None, x: Tensor, *others: Tensor | None, supported: str = "") -> str:
+    """The backend to run: ``"reference"`` or ``"cpu"``.
+
+    Args:
+        backend: None picks the best that can run; a name forces it.
+        x, others: the op's inputs; float64 is the reference's alone.
+        supported: why this call is beyond the kernel, if it is ("width 7 > 4").
+
+    Raises:
+        ValueError: unknown backend, or one that does not take these inputs.
+        RuntimeError: the forced backend cannot run here; the message says why.
+    """
+    backend = backend or _forced()
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    double = any(t is not None and t.dtype is torch.float64 for t in (x, *others))
+    if backend is None:
+        if x.device.type in ("cpu", "meta") and not double and not supported and _native_ready():
+            return "cpu"
+        if x.device.type == "cuda":
+            _no_cuda_kernel()
+        return "reference"
+    if backend == "cpu":
+        if x.device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"backend 'cpu' got a tensor on {x.device}; move it or use backend=None"
+            )
+        if double:
+            raise ValueError(
+                "backend 'cpu' computes in float32; use backend='reference' for float64"
+            )
+        if supported:
+            raise ValueError(f"backend 'cpu': {supported}; use backend='reference'")
+        if not _native_ready():
+            raise RuntimeError(f"backend 'cpu' cannot run: {native.why_not()}")
+    elif backend != "reference":
+        raise RuntimeError(f"backend {backend!r} is not part of this version; use backend=None")
+    return backend
+
+
+def backend_report() -> list[str]:
+    """One line per backend: whether it runs here, and why or why not."""
+    reason = native.why_not()
+    if reason is None:
+        cpu = (
+            f"native kernels, {native.instruction_set()}, {torch.get_num_threads()} threads, "
+            f"compiled into {native.cache_dir()}"
+        )
+    else:
+        cpu = f"not available: {reason}"
+    lines = [f"cpu: {cpu}", "reference: plain PyTorch, every device and dtype"]
+    if torch.cuda.is_available():
+        lines.append(
+            f"cuda ({torch.cuda.get_device_name()}): runs the reference, no fused kernel yet"
+        )
+    if forced := _forced():
+        lines.append(f"DIS_SSM_BACKEND={forced} forces this backend")
+    return lines

@@ -1,0 +1,215 @@
+"""Depthwise causal convolution, channels-last, one-way and in both directions from one read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_ssm.ops import native
+from dis_ssm.ops.backend import select
+
+MAX_WIDTH = 4  # of the native kernel
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = "silu",
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Each channel's own filter over the past tokens.
+
+    .. math:: y_t = σ(bias + \sum_{k<K} weight_k x_{t-(K-1)+k}), \quad x_{<0} = 0
+
+    With ``reverse`` the filter sees the future, ``x_{t+(K-1)-k}``, as if the sequence were flipped.
+
+    Args:
+        x: (batch, length, channels).
+        weight: (channels, width); the kernel takes widths up to 4, the reference any.
+        bias: (channels,).
+        activation: "silu" or None.
+        backend: as in :func:`dis_ssm.ops.selective_scan`.
+
+    Returns:
+        (batch, length, channels) in x's dtype; sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown activation or backend.
+        RuntimeError: a forced backend that cannot run here.
+    """
+    _check(x, activation, weight=weight, bias=bias)
+    if select(backend, x, weight, bias, supported=_limit(weight)) == "reference":
+        return causal_conv1d_reference(x, weight, bias, activation, reverse)
+    return conv_op(x, weight, bias, None, None, activation == "silu", reverse)[0]
+
+
+def bidirectional_causal_conv1d(
+    x: Tensor,
+    weight_f: Tensor,
+    weight_b: Tensor,
+    bias_f: Tensor | None = None,
+    bias_b: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The causal convolution with ``weight_f`` and the anti-causal one with ``weight_b``.
+
+    Args and errors are those of :func:`causal_conv1d`. Returns two tensors like x.
+    """
+    _check(x, activation, weight_f=weight_f, bias_f=bias_f)
+    _check(x, activation, weight_b=weight_b, bias_b=bias_b)
+    limit = _limit(weight_f, weight_b)
+    if select(backend, x, weight_f, weight_b, bias_f, bias_b, supported=limit) == "reference":
+        y_f = causal_conv1d_reference(x, weight_f, bias_f, activation)
+        return y_f, causal_conv1d_reference(x, weight_b, bias_b, activation, reverse=True)
+    y_f, y_b = conv_op(x, weight_f, bias_f, weight_b, bias_b, activation == "silu", False)
+    return y_f, y_b
+
+
+def causal_conv1d_reference(x, weight, bias=None, activation="silu", reverse=False) -> Tensor:
+    """:func:`causal_conv1d` with PyTorch's own convolution: any device, any floating dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    channels, width = weight.shape
+    if x.numel() == 0:
+        return x * weight.sum()
+    tokens = F.pad(x.to(wide).transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
+    weight = weight.to(wide).flip(1) if reverse else weight.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    y = F.conv1d(tokens, weight[:, None], bias, groups=channels).transpose(1, 2)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _check(x: Tensor, activation: str | None, **parameters: Tensor | None) -> None:
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be (batch, length, channels), got shape {tuple(x.shape)}")
+    (weight_name, weight), (bias_name, bias) = parameters.items()
+    channels = x.shape[2]
+    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+        shape = tuple(weight.shape)
+        raise ValueError(f"{weight_name} must be (channels {channels}, width), got {shape}")
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"{bias_name} must be ({channels},), got {tuple(bias.shape)}")
+    for name, t in (("x", x), *parameters.items()):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
+        if t is not None and not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+
+
+def _limit(*weights: Tensor) -> str:
+    widths = {w.shape[1] for w in weights}
+    if len(widths) > 1:
+        return f"two widths {sorted(widths)} in one call"
+    return f"width {max(widths)} > {MAX_WIDTH}" if max(widths) > MAX_WIDTH else ""
+
+
+# ---- the native op ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dis_ssm::conv", mutates_args=(), device_types="cpu")
+def conv_op(
+    x: Tensor,
+    weight_f: Tensor,
+    bias_f: Tensor | None,
+    weight_b: Tensor | None,
+    bias_b: Tensor | None,
+    silu: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """Direction f (reversed if ``reverse``), and b against it when weight_b is given."""
+    call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    outputs = [torch.empty(x.shape, dtype=torch.float32) for _ in range(call.conv.directions)]
+    for direction, y in zip(call.conv.direction, outputs, strict=False):
+        direction.y = native.pointer(y)
+    native.run("conv_forward", call.conv)
+    return [y.to(x.dtype) for y in outputs]
+
+
+@conv_op.register_fake
+def _(x, weight_f, bias_f, weight_b, bias_b, silu, reverse):
+    return [x.new_empty(x.shape) for _ in range(1 if weight_b is None else 2)]
+
+
+@torch.library.custom_op("dis_ssm::conv_backward", mutates_args=(), device_types="cpu")
+def conv_backward_op(
+    dy_f: Tensor,
+    dy_b: Tensor | None,
+    x: Tensor,
+    weight_f: Tensor,
+    bias_f: Tensor | None,
+    weight_b: Tensor | None,
+    bias_b: Tensor | None,
+    silu: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """The gradients of x, weight_f, bias_f, weight_b, bias_b; empty where one was None."""
+    inputs = (x, weight_f, bias_f, weight_b, bias_b)
+    call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    grads = [None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in inputs]
+    call.conv.dx = native.pointer(grads[0])
+    for i, dy in enumerate((dy_f, dy_b)[: call.conv.directions]):
+        direction = call.conv.direction[i]
+        direction.dy = native.rows(call.hold(_rows(dy)))
+        direction.dweight = native.pointer(grads[1 + 2 * i])
+        direction.dbias = native.pointer(grads[2 + 2 * i])
+    native.run("conv_backward", call.conv)
+    return [
+        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
+    ]
+
+
+@conv_backward_op.register_fake
+def _(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse):
+    inputs = (x, weight_f, bias_f, weight_b, bias_b)
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.silu, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dys):
+    x, *parameters = ctx.saved_tensors
+    dys = [torch.zeros_like(x) if dy is None else dy for dy in dys]
+    grads = conv_backward_op(
+        dys[0], dys[1] if len(dys) > 1 else None, x, *parameters, ctx.silu, ctx.reverse
+    )
+    needs = ctx.needs_input_grad[:5]
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+conv_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Call:
+    """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
+
+    def __init__(self, x: Tensor, weights: tuple, biases: tuple, silu: bool, reverse: bool):
+        batch, length, channels = x.shape
+        directions = 1 if weights[1] is None else 2
+        self.keep = []
+        self.conv = native.Conv(batch, length, channels, weights[0].shape[1], directions, silu)
+        self.conv.x = native.rows(self.hold(_rows(x)))
+        for i in range(directions):
+            weight, bias = (
+                None if t is None else self.hold(t.float().contiguous())
+                for t in (weights[i], biases[i])
+            )
+            self.conv.direction[i] = native.ConvDirection(
+                native.pointer(weight), native.pointer(bias), reverse=(i == 1) != reverse
+            )
+
+    def hold(self, t: Tensor) -> Tensor:
+        self.keep.append(t)
+        return t

@@ -1,0 +1,320 @@
+"""Selective scan (Mamba, arXiv 2312.00752, algorithm 2), one-way and bidirectional.
+
+Letters: b batch, l length, d channels, n state. Everything is channels-last, and the reverse
+direction is index arithmetic: nothing is flipped or transposed in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_ssm.ops import native
+from dis_ssm.ops.backend import select
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Runs the state-space recurrence over the tokens.
+
+    .. math::
+        Δ_t = softplus(dt_t + dt\_bias) \qquad h_t = \exp(Δ_t A) h_{t-1} + Δ_t B_t x_t \qquad
+        y_t = (C_t · h_t + D x_t) · silu(z_t)
+
+    This is Mamba's Euler rule for B (DiS eq. 4 prints the zero-order hold; released weights need
+    Euler). The state is float32, or float64 if x is (reference only).
+
+    Args:
+        x, dt, z: (b, l, d); z None leaves the gate out.
+        A: (d, n), usually negative.
+        B, C: (b, l, n).
+        D, dt_bias: (d,).
+        dt_softplus: False uses dt + dt_bias as it is.
+        reverse: run from the last token to the first.
+        backend: None for the best that can run, or "reference" or "cpu".
+
+    Returns:
+        (b, l, d) in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, devices that differ, or an unknown backend.
+        RuntimeError: a forced backend that cannot run here.
+    """
+    forward = (x, dt, A, B, C, D, dt_bias)
+    _check(z, dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias))
+    if select(backend, *forward, z) == "reference":
+        return selective_scan_reference(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+    return _native(forward, (None,) * 7, z, dt_softplus, reverse)
+
+
+def bidirectional_selective_scan(
+    x_f: Tensor,
+    x_b: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A_f: Tensor,
+    A_b: Tensor,
+    B_f: Tensor,
+    B_b: Tensor,
+    C_f: Tensor,
+    C_b: Tensor,
+    D_f: Tensor | None = None,
+    D_b: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias_f: Tensor | None = None,
+    dt_bias_b: Tensor | None = None,
+    dt_softplus: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """``(scan_f + scan_b) * silu(z)``, scan_b running from the last token to the first.
+
+    Args and errors are those of :func:`selective_scan`, one set a direction. Returns (b, l, d).
+    """
+    forward = (x_f, dt_f, A_f, B_f, C_f, D_f, dt_bias_f)
+    backward = (x_b, dt_b, A_b, B_b, C_b, D_b, dt_bias_b)
+    _check(z, dict(x_f=x_f, dt_f=dt_f, A_f=A_f, B_f=B_f, C_f=C_f, D_f=D_f, dt_bias_f=dt_bias_f))
+    _check(z, dict(x_b=x_b, dt_b=dt_b, A_b=A_b, B_b=B_b, C_b=C_b, D_b=D_b, dt_bias_b=dt_bias_b))
+    if x_f.shape != x_b.shape:
+        raise ValueError(f"x_b must have x_f's shape {tuple(x_f.shape)}, got {tuple(x_b.shape)}")
+    if select(backend, *forward, *backward, z) == "reference":
+        y_f = selective_scan_reference(*forward[:6], None, dt_bias_f, dt_softplus)
+        y_b = selective_scan_reference(*backward[:6], None, dt_bias_b, dt_softplus, reverse=True)
+        wide = torch.promote_types(x_f.dtype, torch.float32)
+        y = y_f.to(wide) + y_b.to(wide)
+        return (y if z is None else y * F.silu(z.to(wide))).to(x_f.dtype)
+    return _native(forward, backward, z, dt_softplus, False)
+
+
+def selective_scan_reference(
+    x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=True, reverse=False
+) -> Tensor:
+    """:func:`selective_scan` token by token in plain PyTorch: any device, any floating dtype."""
+    dtype = x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    x, dt, A, B, C = (t.to(wide) for t in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(wide)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    tokens = list(zip(dt.unbind(1), (dt * x).unbind(1), B.unbind(1), C.unbind(1), strict=True))
+    h = x.new_zeros(x.shape[0], *A.shape)
+    outputs = []
+    for dt_t, dtx_t, B_t, C_t in reversed(tokens) if reverse else tokens:
+        h = torch.exp(dt_t[..., None] * A) * h + dtx_t[..., None] * B_t[:, None]
+        outputs.append((h @ C_t[..., None]).squeeze(-1))
+    y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x
+    if D is not None:
+        y = y + D.to(wide) * x
+    if z is not None:
+        y = y * F.silu(z.to(wide))
+    return y.to(dtype)
+
+
+def _check(z: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
+    x, _, A = list(tensors.values())[:3]
+    name = next(iter(tensors))
+    if x.ndim != 3:
+        raise ValueError(f"{name} must be (batch, length, channels), got shape {tuple(x.shape)}")
+    batch, length, channels = x.shape
+    if A.ndim != 2 or A.shape[0] != channels or A.shape[1] < 1:
+        raise ValueError(f"A must be (channels {channels}, state >= 1), got {tuple(A.shape)}")
+    token = (batch, length, A.shape[1])
+    shapes = [x.shape, x.shape, A.shape, token, token, (channels,), (channels,)]
+    for (name, t), shape in zip([*tensors.items(), ("z", z)], [*shapes, x.shape], strict=True):
+        if t is None:
+            continue
+        if t.shape != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, the rest on {x.device}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+
+
+def _native(forward: tuple, backward: tuple, z: Tensor | None, dt_softplus: bool, reverse: bool):
+    tensors = [t for t in (*forward, *backward, z) if t is not None]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return scan_op(*forward, *backward, z, dt_softplus, reverse, save)[0]
+
+
+# ---- the native op ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dis_ssm::scan", mutates_args=(), device_types="cpu")
+def scan_op(
+    x_f: Tensor,
+    dt_f: Tensor,
+    A_f: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    D_f: Tensor | None,
+    bias_f: Tensor | None,
+    x_b: Tensor | None,
+    dt_b: Tensor | None,
+    A_b: Tensor | None,
+    B_b: Tensor | None,
+    C_b: Tensor | None,
+    D_b: Tensor | None,
+    bias_b: Tensor | None,
+    z: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scans direction f (reversed if ``reverse``), and b against it when x_b is given.
+
+    Returns (out, sum before the gate, states at chunk starts); the last two are for the backward
+    pass, empty unless ``save`` (and a gate) asks for them.
+    """
+    inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
+    call = _Call(inputs, dt_softplus, reverse)
+    out = torch.empty(x_f.shape, dtype=torch.float32)
+    pregate = torch.empty(x_f.shape if save and z is not None else 0, dtype=torch.float32)
+    states = call.states(save)
+    call.scan.out = native.pointer(out)
+    if pregate.numel():
+        call.scan.pregate = native.pointer(pregate)
+    native.run("scan_forward", call.scan)
+    return out.to(x_f.dtype), pregate, states
+
+
+@scan_op.register_fake
+def _(*args):
+    x, x_b, A, z, save = args[0], args[7], args[2], args[14], args[17]
+    pregate = x.new_empty(x.shape if save and z is not None else 0, dtype=torch.float32)
+    batch, length, channels = x.shape
+    directions = 1 if x_b is None else 2
+    shape = (directions, batch, -(-length // CHUNK), A.shape[1], channels) if save else 0
+    return x.new_empty(x.shape), pregate, x.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("dis_ssm::scan_backward", mutates_args=(), device_types="cpu")
+def scan_backward_op(
+    dout: Tensor,
+    pregate: Tensor,
+    states: Tensor,
+    x_f: Tensor,
+    dt_f: Tensor,
+    A_f: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    D_f: Tensor | None,
+    bias_f: Tensor | None,
+    x_b: Tensor | None,
+    dt_b: Tensor | None,
+    A_b: Tensor | None,
+    B_b: Tensor | None,
+    C_b: Tensor | None,
+    D_b: Tensor | None,
+    bias_b: Tensor | None,
+    z: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """The gradients of :func:`scan_op`'s fifteen tensors, in order; empty where one was None."""
+    inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
+    call = _Call(inputs, dt_softplus, reverse, states)
+    dout, pregate = _rows(dout), pregate.contiguous()
+    grads = [None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in inputs]
+    call.scan.dout = native.rows(dout)
+    call.scan.pregate = native.pointer(pregate) if pregate.numel() else None
+    call.scan.dz = native.pointer(grads[14])
+    names = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")
+    for direction, group in zip(call.scan.direction, (grads[:7], grads[7:14]), strict=True):
+        for name, grad in zip(names, group, strict=True):
+            setattr(direction, name, native.pointer(grad))
+    native.run("scan_backward", call.scan)
+    return [
+        x_f.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
+    ]
+
+
+@scan_backward_op.register_fake
+def _(dout, pregate, states, *args):
+    x = args[0]
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:15]]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.dt_softplus, ctx.reverse, ctx.saved = inputs
+    _, pregate, states = output
+    ctx.save_for_backward(pregate, states, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 18
+    assert ctx.saved, "the states for the backward pass were not kept"
+    pregate, states, *tensors = ctx.saved_tensors
+    grads = scan_backward_op(dout, pregate, states, *tensors, ctx.dt_softplus, ctx.reverse)
+    needs = ctx.needs_input_grad[:15]
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+CHUNK = 32  # tokens between two kept states; scan.cpp's
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Call:
+    """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
+
+    def __init__(
+        self, inputs: tuple, dt_softplus: bool, reverse: bool, states: Tensor | None = None
+    ):
+        x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
+        batch, length, channels = x.shape
+        directions = 1 if x_b is None else 2
+        self.scan = native.Scan(batch, length, channels, A.shape[1], directions, dt_softplus)
+        self.keep = []
+        for i in range(directions):
+            x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
+            self.scan.direction[i] = native.ScanDirection(
+                *(native.rows(self._hold(_rows(t))) for t in (x, dt, B, C)),
+                *(native.pointer(self._hold(self._vector(t))) for t in (A, D, bias)),
+                reverse=(i == 1) != reverse,
+            )
+        self.scan.z = native.rows(None if z is None else self._hold(_rows(z)))
+        if states is not None:
+            self._set_states(states)
+
+    def _hold(self, t: Tensor | None) -> Tensor | None:
+        self.keep.append(t)
+        return t
+
+    @staticmethod
+    def _vector(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.float().contiguous()
+
+    def states(self, save: bool) -> Tensor:
+        if not save:
+            return torch.empty(0)
+        s = self.scan
+        assert native.library().dis_ssm_scan_chunks(CHUNK + 1) == 2
+        chunks = -(-s.length // CHUNK)
+        states = torch.empty(s.directions, s.batch, chunks, s.state, s.channels)
+        self._set_states(states)
+        return states
+
+    def _set_states(self, states: Tensor) -> None:
+        states = self._hold(states.contiguous())
+        for i in range(self.scan.directions):
+            self.scan.direction[i].states = native.pointer(states[i])
