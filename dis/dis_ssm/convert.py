@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import pickle
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from dis_ssm.checkpoint import complete_checkpoints, save_checkpoint
+from dis_ssm.config import Config, DiffusionConfig, ModelConfig
 from dis_ssm.model import DiS
 
-_TOP = {
-    "patch_embed.proj.": "patch_embed.",
-    "label_emb.embedding_table.": "class_embed.",
-    "norm_f.": "decoder.norm.",
-    "final_layer.linear.": "decoder.linear.",
-    "final_layer.adaLN_modulation.1.": "decoder.modulation.",
+_TOP = {  # ours -> released, outside the blocks; other names are the same
+    "patch_embed.": "patch_embed.proj.",
+    "class_embed.": "label_emb.embedding_table.",
+    "decoder.norm.": "norm_f.",
+    "decoder.linear.": "final_layer.linear.",
+    "decoder.modulation.": "final_layer.adaLN_modulation.1.",
 }
-_DIRECTIONAL = re.compile(r"mixer\.(conv1d|x_proj|dt_proj|A|D)(_b)?(_log)?(?:\.(weight|bias))?$")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
+_SCAN = re.compile(r"mixer\.(forward|backward)_scan\.(\w+)(\.\w+)?")
 
 
 def from_released(
@@ -47,38 +48,45 @@ def from_released(
     config = _infer(state, input_size)
     with torch.device("meta"):
         model = DiS(**config)
-    depth, expected = config["depth"], model.state_dict()
-    translated, unknown, wrong = {}, [], []
-    for name, tensor in state.items():
-        ours = _translate(name, depth)
-        if ours not in expected:
-            unknown.append(name)
+    own = model.state_dict()
+    names = {name: _released_name(name, config["depth"]) for name in own}
+    problems = [f"lacks {theirs}" for theirs in names.values() if theirs not in state]
+    problems += [f"has {name}, which DiS does not" for name in state.keys() - set(names.values())]
+    tensors = {}
+    for name, theirs in names.items():
+        if theirs not in state:
             continue
-        if ours.endswith("conv_weight"):
-            tensor = tensor.squeeze(1)
-        if tensor.shape != expected[ours].shape:
-            wrong.append(f"{name} {tuple(tensor.shape)}, expected {tuple(expected[ours].shape)}")
-        translated[ours] = tensor
-    missing = [name for name in expected if name not in translated]
-    for what, names in (("unknown", unknown), ("misshapen", wrong), ("missing", missing)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"{what} tensors in the released checkpoint: {'; '.join(names[:5])}{more}"
-            )
-    model.load_state_dict(translated, assign=True)
+        tensor = state[theirs].detach().clone()
+        tensors[name] = tensor.squeeze(1) if name.endswith("conv_weight") else tensor
+        if tensors[name].shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            problems.append(f"has {theirs} of shape {shapes}")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"the released checkpoint {problems[0]}{more}")
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
 
 
-def convert_file(source: str | Path, target: str | Path, **kwargs) -> DiS:
-    """Writes :func:`from_released`'s model as safetensors, its configuration in the metadata."""
-    model = from_released(source, **kwargs)
-    target = Path(target)
-    temporary = target.with_name(target.name + ".tmp")
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(tensors, temporary, {"dis_ssm.model": json.dumps(model.config)})
-    os.replace(temporary, target)
-    return model
+def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
+    """Writes :func:`from_released`'s model as the EMA of a run folder; returns the checkpoint.
+
+    The diffusion is the released one: linear, epsilon, 1000 steps.
+
+    Raises:
+        ValueError: what :func:`from_released` raises, or ``run`` already holds checkpoints.
+    """
+    model, run = from_released(source, **kwargs), Path(run)
+    if complete_checkpoints(run):
+        raise ValueError(f"{run} already holds checkpoints: give another folder")
+    sizes = {f.name: model.config[f.name] for f in fields(ModelConfig) if f.name in model.config}
+    sizes["input_size"] = model.input_size
+    config = Config(
+        out=run,
+        model=ModelConfig(**sizes),
+        diffusion=DiffusionConfig(learn_sigma=model.learn_sigma),
+    )
+    return save_checkpoint(run, 0, {"ema": model.state_dict()}, config, {}, keep=1)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -89,8 +97,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged pickle fails in any way it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is not a checkpoint that can be loaded safely: {reason}"
         ) from None
@@ -107,7 +115,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _infer(state: dict[str, Tensor], input_size: int | tuple[int, int] | None) -> dict:
     def shape(name: str) -> tuple[int, ...]:
         if name not in state:
-            raise ValueError(f"missing tensors in the released checkpoint: {name}")
+            raise ValueError(f"the released checkpoint lacks {name}")
         return tuple(state[name].shape)
 
     hidden_size, in_channels, patch_size, _ = shape("patch_embed.proj.weight")
@@ -136,18 +144,22 @@ def _infer(state: dict[str, Tensor], input_size: int | tuple[int, int] | None) -
     )
 
 
-def _translate(name: str, depth: int) -> str:
-    for theirs, ours in _TOP.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    match = re.match(r"(?:(in|out)_blocks\.(\d+)|mid_block)\.", name)
-    if not match:
+def _released_name(name: str, depth: int) -> str:
+    for ours, theirs in _TOP.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    if not (block := _BLOCK.fullmatch(name)):
         return name
-    side, index = match.group(1), int(match.group(2) or 0)
-    block = {"in": index, None: depth // 2, "out": depth // 2 + 1 + index}[side]
-    rest = name[match.end() :]
-    if inside := _DIRECTIONAL.match(rest):
-        kind, backward, _, leaf = inside.groups()
-        own = {"conv1d": f"conv_{leaf}", "A": "A_log", "D": "D"}.get(kind, f"{kind}.{leaf}")
-        rest = f"mixer.{'backward' if backward else 'forward'}_scan.{own}"
-    return f"blocks.{block}.{rest}"
+    index, rest, half = int(block[1]), block[2], depth // 2
+    if index == half:
+        place = "mid_block"
+    else:
+        place = f"in_blocks.{index}" if index < half else f"out_blocks.{index - half - 1}"
+    if scan := _SCAN.fullmatch(rest):
+        b, leaf = "_b" if scan[1] == "backward" else "", scan[3] or ""
+        rest = {
+            "conv_weight": f"mixer.conv1d{b}.weight",
+            "conv_bias": f"mixer.conv1d{b}.bias",
+            "A_log": f"mixer.A{b}_log",
+        }.get(scan[2], f"mixer.{scan[2]}{b}{leaf}")
+    return f"{place}.{rest}"

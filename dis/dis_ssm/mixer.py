@@ -17,7 +17,7 @@ from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_sca
 class Direction(nn.Module):
     """The parameters of one scan direction.
 
-    A = -exp(A_log) and Δ = softplus(dt_proj(dt)) stay float32 under autocast.
+    A = -exp(A_log) is float32 even in a half-precision model; Δ = softplus(dt + bias) is the scan's.
     """
 
     def __init__(self, d_inner: int, d_state: int, d_conv: int, dt_rank: int):
@@ -33,7 +33,8 @@ class Direction(nn.Module):
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, L, I) -> dt before bias and softplus (B, L, I), A (I, N), B and C (B, L, N)."""
         dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
-        return F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log.float()), B, C
+        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
+        return F.linear(dt, self.dt_proj.weight), -torch.exp(A_log), B, C
 
 
 class BiMamba(nn.Module):

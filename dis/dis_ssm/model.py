@@ -429,6 +429,8 @@ def create_model(name: str, **kwargs) -> DiS:
         ValueError: unknown name, with near matches.
     """
     if name not in DiS_models:
-        near = difflib.get_close_matches(name, DiS_models, cutoff=0.4) or list(DiS_models)
+        known = {key.lower(): key for key in DiS_models}
+        close = difflib.get_close_matches(name.lower(), known, cutoff=0.4) or known
+        near = [known[key] for key in close]
         raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
     return DiS_models[name](**kwargs)
