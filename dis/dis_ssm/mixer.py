@@ -17,7 +17,7 @@ from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_sca
 class Direction(nn.Module):
     """The parameters of one scan direction.
 
-    A = -exp(A_log) is float32 even in a half-precision model; Δ = softplus(dt + bias) is the scan's.
+    A = -exp(A_log) is float32 even in a half-precision model; the scan computes Δ.
     """
 
     def __init__(self, d_inner: int, d_state: int, d_conv: int, dt_rank: int):

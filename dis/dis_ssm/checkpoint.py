@@ -1,0 +1,266 @@
+"""Checkpoints that are either complete and unaltered, or refused by name.
+
+RUN/checkpoints/STEP/ holds ``model``, ``ema`` (float32) and ``optimizer`` as .safetensors, then
+``state.json`` (step, config, versions, the trainer's own state, size and SHA-256 of every file),
+then ``COMPLETE`` with the SHA-256 of state.json. The folder is written under a temporary name,
+flushed to disk and renamed: a killed process or a full disk leaves the older ones as they were.
+
+A file that is cut short, altered or missing is a `CheckpointError`. `newest_intact` (resuming) then
+goes on to the checkpoint before it, with one line of warning, whatever the damage; `load_model`
+(sampling, scoring) never does, because other weights would give other results.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import Config, build_model, from_dict, to_dict
+from .model import DiS
+from .version import __version__
+
+FORMAT = 1
+STATE, COMPLETE = "state.json", "COMPLETE"
+WEIGHTS = ("ema", "model")
+DRAFT = ".draft-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is incomplete, cut short, altered, or does not fit the model."""
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    parts: dict[str, dict[str, Tensor]],
+    config: Config,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write RUN/checkpoints/STEP with one file per part, then remove all but the newest `keep`.
+
+    Raises OSError or CheckpointError when it cannot be written; nothing older is touched then.
+    """
+    folder = run / "checkpoints" / f"{step:08d}"
+    draft = folder.with_name(DRAFT + folder.name)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        files = {}
+        for name, tensors in parts.items():
+            path = draft / f"{name}.safetensors"
+            _write_tensors(path, tensors)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        write_json(
+            draft / STATE,
+            {"format": FORMAT, "step": step, "config": to_dict(config), "versions": versions()}
+            | {"trainer": state, "files": files},
+        )
+        _write(draft / COMPLETE, _sha256(draft / STATE) + "\n")
+        _sync(draft)
+        _rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    for old in complete_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """What bit-exactness depends on, besides the machine."""
+    return {"dis_ssm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders with their completion marker, oldest first; their files not verified."""
+    return [folder for folder in _step_folders(run) if (folder / COMPLETE).is_file()]
+
+
+def clean_drafts(run: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for draft in (run / "checkpoints").glob(DRAFT + "*"):
+        shutil.rmtree(draft)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, verified against its completion marker."""
+    if not (folder / COMPLETE).is_file():
+        raise CheckpointError(f"{folder} is incomplete: {COMPLETE} is missing")
+    if not (folder / STATE).is_file():
+        raise CheckpointError(f"{folder / STATE} is missing")
+    if _sha256(folder / STATE) != (folder / COMPLETE).read_text().strip():
+        raise CheckpointError(f"{folder / STATE} was cut short or altered: its SHA-256 is wrong")
+    state = json.loads((folder / STATE).read_text())
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Tensors of one file of a checkpoint, on the CPU, after its size and SHA-256 were checked."""
+    path = folder / f"{name}.safetensors"
+    if path.name not in state["files"] or not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    wanted, size = state["files"][path.name], path.stat().st_size
+    if size != wanted["size"]:
+        raise CheckpointError(f"{path} is damaged: {size} bytes instead of {wanted['size']}")
+    if _sha256(path) != wanted["sha256"]:
+        raise CheckpointError(f"{path} was altered: its SHA-256 is wrong")
+    return load_file(path)
+
+
+def newest_intact(
+    run: Path, names: Iterable[str]
+) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """Folder, state and parts `names` of the newest checkpoint that verifies; None without any.
+
+    Damaged ones are passed over with a warning each. CheckpointError when all are damaged.
+    """
+    problem = None
+    for folder in reversed(_step_folders(run)):
+        try:
+            state = read_state(folder)
+            return folder, state, {name: read_part(folder, state, name) for name in names}
+        except CheckpointError as error:
+            problem = error
+            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+    if problem:
+        raise CheckpointError(
+            f"no checkpoint of {run} is intact, the last tried: {problem}. Restore one, or remove "
+            f"{run / 'checkpoints'} to start from step 0"
+        )
+    return None
+
+
+def load_model(
+    path: str | Path, *, weights: str = "ema", device: str | torch.device | None = None
+) -> tuple[DiS, Config]:
+    """The model of a RUN folder (its newest complete checkpoint) or of a checkpoint folder.
+
+    `weights` is "ema" or "model" (as trained); the model is in eval mode. Raises ValueError, and
+    CheckpointError naming the file or tensor, when it is damaged or does not fit.
+    """
+    path = Path(path)
+    if weights not in WEIGHTS:
+        raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    if (path / STATE).is_file() or (path / COMPLETE).is_file():
+        folder = path
+    elif complete := complete_checkpoints(path):
+        folder = complete[-1]
+    else:
+        raise ValueError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
+    state = read_state(folder)
+    config = from_dict(state["config"])
+    model = build_model(config)
+    load_weights(model, read_part(folder, state, weights), folder / f"{weights}.safetensors")
+    return model.to(device or "cpu").eval(), config
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
+    """Copy `tensors` into `model`; CheckpointError unless names and shapes are exactly its own."""
+    check_tensors(model.state_dict(), tensors, origin)
+    model.load_state_dict(tensors)
+
+
+def check_tensors(own: dict[str, Tensor], tensors: dict[str, Tensor], origin: str | Path) -> None:
+    """CheckpointError naming the first tensor that is missing, unexpected or of another shape."""
+    problems = [f"lacks {name} {tuple(own[name].shape)}" for name in own if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in own:
+            problems.append(f"has {name} {tuple(tensor.shape)}, which the model does not")
+        elif tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the model {tuple(own[name].shape)}"
+            problems.append(f"has {name} of shape {shapes}")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{origin} {problems[0]}{more}")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as "parameter name/slot" -> tensor."""
+    return {
+        f"{name}/{slot}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], origin: Path
+) -> None:
+    """Inverse of `optimizer_tensors`; CheckpointError for an unknown name or a wrong shape."""
+    parameters = dict(model.named_parameters())
+    slots: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, slot = key.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"{origin} has {key}, but the model has no parameter {name}")
+        if slot != "step" and tensor.shape != parameter.shape:
+            shapes = f"{tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}"
+            raise CheckpointError(f"{origin} has {key} of shape {shapes}")
+        slots.setdefault(parameter, {})[slot] = tensor
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    packed = optimizer.state_dict()
+    packed["state"] = {i: slots[p] for i, p in enumerate(order) if p in slots}
+    optimizer.load_state_dict(packed)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees the old file or the new one, never a part."""
+    draft = path.with_name(DRAFT + path.name)
+    _write(draft, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(draft, path)
+
+
+def _step_folders(run: Path) -> list[Path]:
+    folders = (run / "checkpoints").glob("*")
+    return sorted((f for f in folders if f.name.isdecimal()), key=lambda f: int(f.name))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    _sync(path)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _rename(draft: Path, folder: Path) -> None:
+    """A damaged folder of the same step may be in the way: it goes once its successor is ready."""
+    if folder.exists():
+        old = folder.with_name(f"{DRAFT}old-{folder.name}")
+        os.rename(folder, old)
+        os.rename(draft, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(draft, folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,217 @@
+"""dis-ssm train | sample | evaluate | info | convert"""
+
+import dataclasses
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from .checkpoint import load_model
+from .config import Config, build_diffusion, check_guidance, load_config, named_configs
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit status. 2 and one line on stderr for what the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = _print_warning
+    try:
+        commands = {
+            "train": train_command(Config()),
+            "sample": sample,
+            "evaluate": evaluate,
+            "info": info,
+            "convert": convert,
+        }
+        if arguments[:1] != ["train"]:
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="dis-ssm", args=arguments)
+        rest, base = arguments[1:], Config()
+        if rest and not rest[0].startswith("-"):
+            base, rest = load_config(rest[0]), rest[1:]
+        return tyro.cli(train_command(base), prog="dis-ssm train [CONFIG]", args=rest)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print("dis-ssm: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def train_command(base: Config) -> Callable[..., int]:
+    """The train command, whose flags start from `base`."""
+
+    def train(config: Annotated[Config, tyro.conf.arg(name="")] = base, dry_run: bool = False):
+        """Train a model, or continue the run in --out: the same command again resumes exactly.
+
+        CONFIG comes first: a TOML file or the name of one (NAMES); flags override it.
+
+        Args:
+            dry_run: print the resolved config and its sizes, write nothing.
+        """
+        from .train import describe
+        from .train import train as run_training
+
+        if dry_run:
+            print(describe(config))
+            return 0
+        outcome = run_training(config)
+        again = f"at step {outcome.step}; run the same command again to continue"
+        if outcome.stopped_by is None:
+            print(f"trained: {outcome.run}; draw with: dis-ssm sample {outcome.run}")
+        else:
+            print(f"stopped: {outcome.run} {again}")
+        return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
+
+    train.__doc__ = train.__doc__.replace("NAMES", ", ".join(named_configs()))
+    return train
+
+
+def sample(
+    run: Positional[Path],
+    *,
+    num: int | None = None,
+    per_class: int | None = None,
+    classes: tuple[int, ...] = (),
+    cfg_scale: float | None = None,
+    steps: int | None = None,
+    sampler: Literal["ddpm", "ddim"] | None = None,
+    eta: float | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    weights: Literal["ema", "model"] = "ema",
+    device: str | None = None,
+    out: Path | None = None,
+) -> int:
+    """Draw images from a trained model, one class a column; image i depends on (seed, i) alone.
+
+    Args:
+        run: a run folder, or one of its checkpoints.
+        num: how many images; 100 if neither this nor per-class is given.
+        per_class: how many images of each class.
+        classes: which classes; all if none is given.
+        cfg_scale: guidance, 1 for none; unset, like the next five, it is as the run's config says.
+        weights: averaged (ema) or as trained.
+        out: a .png grid or .npz arrays; by default a grid in the run's samples folder.
+    """
+    from .images import check_format, draw_images, label_columns, save_images
+    from .train import pick_device
+
+    if out:
+        check_format(out)
+    model, config = load_model(run, weights=weights, device=pick_device(device))
+    named = {"cfg_scale": cfg_scale, "steps": steps, "sampler": sampler}
+    named |= {"eta": eta, "seed": seed, "batch_size": batch_size}
+    given = {name: value for name, value in named.items() if value is not None}
+    settings = dataclasses.replace(config.sample, **given)
+    check_guidance(config, settings.cfg_scale)
+    known = range(config.model.num_classes)
+    if unknown := [label for label in classes if label not in known]:
+        raise ValueError(f"class {unknown[0]} is not one of the model's {len(known)} classes")
+    classes = list(classes or known)
+    num = _count(num, per_class, len(classes))
+    labels, columns = label_columns(num, classes)
+    shape = (config.model.in_channels, *config.model.input_size)
+    images = draw_images(
+        model, build_diffusion(config), shape, num, labels, settings, progress=True
+    )
+    folder = run.resolve().parents[1] if run.resolve().parent.name == "checkpoints" else run
+    name = f"{settings.sampler}-{settings.steps}-cfg-{settings.cfg_scale:g}-seed-{settings.seed}"
+    out = out or folder / "samples" / f"{name}.png"
+    save_images(images, labels, out, columns)
+    print(out)
+    return 0
+
+
+def _count(num: int | None, per_class: int | None, classes: int, default: int = 100) -> int:
+    if num is not None and per_class is not None:
+        raise ValueError(f"--num {num} and --per-class {per_class}: give one of them")
+    if per_class is not None and not classes:
+        raise ValueError(f"--per-class {per_class}: this model has no classes, give --num")
+    wanted = default if num is None and per_class is None else (num or (per_class or 0) * classes)
+    if wanted < 1:
+        raise ValueError(f"{wanted} images: ask for 1 or more")
+    return wanted
+
+
+def evaluate(
+    run: Positional[Path],
+    *,
+    num: int = 600,
+    cfg_scale: float | None = None,
+    steps: int | None = None,
+    sampler: Literal["ddpm", "ddim"] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    bound_images: int = 256,
+    bound_terms: int = 32,
+    device: str | None = None,
+    keep: bool = False,
+) -> int:
+    """Score samples of a run against held-out real images; also written to RUN/scores.json.
+
+    Args:
+        run: a run folder, or one of its checkpoints.
+        num: how many images to draw.
+        cfg_scale: guidance, 1 for none; unset, like steps and sampler, as the run's config says.
+        bound_images: held-out images whose bits per dimension are bounded.
+        bound_terms: timesteps each of them is evaluated at, even; 0 skips the bound.
+        keep: write the samples to RUN/samples.npz.
+    """
+    from .evaluate import evaluate_run, format_scores
+
+    scores = evaluate_run(
+        run,
+        num=num,
+        cfg_scale=cfg_scale,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+        bound_images=bound_images,
+        bound_terms=bound_terms,
+        device=device,
+        keep=keep,
+    )
+    print(format_scores(scores))
+    return 0
+
+
+def info() -> int:
+    """Say which kernels run here, and why."""
+    from .ops import backend_report
+
+    print("\n".join(backend_report()))
+    return 0
+
+
+def convert(
+    source: Positional[Path],
+    run: Positional[Path],
+    *,
+    input_size: tuple[int, int] | None = None,
+) -> int:
+    """Turn a released checkpoint into a run that `dis-ssm sample` draws from.
+
+    Args:
+        source: the released file, a pickle or safetensors; pickles are opened safely.
+        run: the folder to write.
+        input_size: height and width; a square is assumed.
+    """
+    from .convert import convert_file
+
+    convert_file(source, run, input_size=input_size)
+    print(run)
+    return 0
+
+
+def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print("dis-ssm: warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

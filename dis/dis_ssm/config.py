@@ -1,0 +1,353 @@
+"""What a run is made of: frozen, typed sections, read from TOML or JSON, overridden by flags.
+
+    config = load_config("digits")                      # a file, or a name of `named_configs`
+    config = resolve(config, channels=1, height=8, width=8, num_classes=10)
+    model, diffusion = build_model(config), build_diffusion(config)
+
+A key that no section has, or a value of the wrong type, is a ValueError.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from .diffusion import Diffusion
+from .model import DiS, create_model
+
+Schedule = Literal["linear", "cosine"]
+Prediction = Literal["epsilon", "x0", "v", "score"]
+SIZES = ("hidden_size", "depth", "patch_size")
+
+
+def _check(section: object, condition: bool, name: str, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {getattr(section, name)!r}: {remedy}")
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(section, value is None or value > 0, name, "must be positive")
+
+
+def _fraction(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(section, 0 <= value < 1, name, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A preset by `name`, or `hidden_size`, `depth` and `patch_size`; see `dis_ssm.DiS`."""
+
+    name: str | None = None  # preset, such as DiS-S/2
+    hidden_size: int | None = None
+    depth: int | None = None  # number of blocks, odd
+    patch_size: int | None = None
+    d_state: int = 16
+    expand: int = 2
+    d_conv: int = 4
+    skip: Literal["concat", "add", "none"] = "concat"
+    time_conditioning: Literal["token", "adaln"] = "token"
+    class_dropout_prob: float = 0.1  # chance that training replaces a label by the null class
+    drop_path: float = 0.0
+    num_classes: int | None = None  # None: as many as the data has; 0: ignore the labels
+    in_channels: int | None = None  # None: those of the data
+    input_size: tuple[int, int] | None = None  # (height, width); None: that of the data
+
+    def __post_init__(self):
+        _positive(self, *SIZES, "d_state", "expand", "d_conv", "in_channels")
+        _fraction(self, "class_dropout_prob", "drop_path")
+        _check(self, (self.num_classes or 0) >= 0, "num_classes", "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """See `dis_ssm.diffusion.Diffusion`."""
+
+    schedule: Schedule = "linear"
+    num_steps: int = 1000
+    prediction: Prediction = "epsilon"
+    learn_sigma: bool = True
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"  # when sigma is not learned
+    loss_weighting: Literal["none", "epsilon", "elbo"] = "none"
+
+    def __post_init__(self):
+        _positive(self, "num_steps")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """See `dis_ssm.data.open_dataset`."""
+
+    source: str = "digits"  # digits, fashion-mnist, or a folder of images
+    image_size: int | None = None  # side in pixels; folders of images need it
+    flip: bool = False  # mirror half of the images left to right
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation: AdamW on the mean loss of a global batch, and what is written when."""
+
+    steps: int = 500_000
+    batch_size: int = 128  # images per step
+    micro_batch_size: int | None = None  # images per backward pass; None: the whole batch
+    lr: float = 1e-4
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 0  # linear rise that multiplies the schedule
+    min_lr: float = 1e-6  # where the cosine ends
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # on matrices only, see train.parameter_groups
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    ema_decay: float = 0.9999
+    ema_warmup: int = 10  # decay of update n is min(ema_decay, (1 + n) / (ema_warmup + n)); 1: off
+    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast, weights stay float32
+    grad_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+    compile: bool = False  # torch.compile
+    seed: int = 0
+    max_nonfinite: int = 10  # stop after so many skipped steps in a row
+    log_every: int = 10
+    save_every: int = 5000
+    keep: int = 3  # newest checkpoints kept
+    device: str | None = None  # None: cuda if there is one, else cpu
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch_size", "micro_batch_size", "lr", "ema_warmup")
+        _positive(self, "max_nonfinite", "log_every", "save_every", "keep")
+        _fraction(self, "ema_decay")
+        for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"):
+            _check(self, getattr(self, name) >= 0, name, "must be 0 or more")
+        _check(self, self.min_lr <= self.lr, "min_lr", f"must not exceed lr {self.lr}")
+        _check(self, all(0 <= b < 1 for b in self.betas), "betas", "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How the EMA model draws: the previews while it trains, the defaults of `dis-ssm sample`."""
+
+    every: int = 5000  # training steps between previews; 0: none
+    num: int = 40  # images in a preview
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    cfg_scale: float = 1.0  # 1: no guidance
+    cfg_interval: tuple[float, float] | None = None  # guide in these timesteps only
+    clip_denoised: bool = False  # clip the predicted image to [-1, 1] at every step
+    seed: int = 0
+    batch_size: int = 128
+
+    def __post_init__(self):
+        _positive(self, "num", "steps", "batch_size")
+        for name in ("every", "eta", "seed"):
+            _check(self, getattr(self, name) >= 0, name, "must be 0 or more")
+        _check(self, not self.eta or self.sampler == "ddim", "eta", "only ddim has one, set 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `out` is the folder RUN that holds everything it writes."""
+
+    out: Path = Path("runs/dis")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+# What may differ when a run is continued: it changes what is written, not what is learned.
+FREE_ON_RESUME = frozenset(
+    {"out", "train.max_nonfinite", "train.log_every", "train.save_every", "train.keep"}
+    | {"train.device"}
+    | {f"sample.{f.name}" for f in dataclasses.fields(SampleConfig)}
+)
+
+
+def named_configs() -> dict[str, Path]:
+    """Configurations that came with the package (or its repository), by name."""
+    here = Path(str(resources.files(__package__)))
+    folders = (here / "configs", here.parents[1] / "experiments" / "configs")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+
+
+def load_config(source: str | Path) -> Config:
+    """Read a TOML or JSON file, or a name of `named_configs`; what it leaves out is default."""
+    path = Path(source)
+    if not path.suffix and not path.is_file():
+        named = named_configs()
+        if str(source) not in named:
+            hint = _near(str(source), named) or f"there are {', '.join(named) or 'none'}"
+            raise ValueError(f"no file or named configuration {str(source)!r}; {hint}")
+        path = named[str(source)]
+    try:
+        text = path.read_text()
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Config from nested dictionaries of plain values; the inverse of `to_dict`."""
+    return _convert(values, Config, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionaries of what JSON can hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def to_toml(config: Config) -> str:
+    """The config as a TOML file; an unset (None) value is a comment."""
+    lines, sections = [], []
+    for key, value in to_dict(config).items():
+        if isinstance(value, dict):
+            sections += ["", f"[{key}]", *(_toml_line(k, v) for k, v in value.items())]
+        else:
+            lines.append(_toml_line(key, value))
+    return "\n".join([*lines, *sections]) + "\n"
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines "section.field: old -> new" for what changes training (not `FREE_ON_RESUME`).
+
+    With a constant learning rate more steps change nothing before them, so `train.steps` may grow.
+    """
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    free = set(FREE_ON_RESUME)
+    if new.train.lr_schedule == "constant" and new.train.steps > old.train.steps:
+        free.add("train.steps")
+    return [
+        f"{key}: {before[key]!r} -> {after[key]!r}"
+        for key in before
+        if key not in free and before[key] != after[key]
+    ]
+
+
+def resolve(config: Config, *, channels: int, height: int, width: int, num_classes: int) -> Config:
+    """Fill what the model takes from the data. ValueError where the two contradict each other."""
+    model, found = config.model, {"in_channels": channels, "input_size": (height, width)}
+    for name, value in found.items():
+        if getattr(model, name) not in (None, value):
+            raise ValueError(
+                f"model.{name} is {getattr(model, name)} but {config.data.source} has {value}: "
+                f"leave it unset to follow the data"
+            )
+    wanted = num_classes if model.num_classes is None else model.num_classes
+    if wanted and (not num_classes or wanted < num_classes):
+        raise ValueError(
+            f"model.num_classes is {wanted} but {config.data.source} has {num_classes}: leave it "
+            f"unset to follow the data, or set 0 to ignore labels"
+        )
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(model, num_classes=wanted, **found)
+    )
+    check_guidance(config, config.sample.cfg_scale)
+    if config.sample.steps > config.diffusion.num_steps:
+        raise ValueError(
+            f"sample.steps {config.sample.steps} exceeds diffusion.num_steps "
+            f"{config.diffusion.num_steps}"
+        )
+    return config
+
+
+def check_guidance(config: Config, cfg_scale: float) -> None:
+    """ValueError when guidance is asked of a model that never saw the null class."""
+    model = config.model
+    if cfg_scale != 1 and not (model.num_classes and model.class_dropout_prob):
+        raise ValueError(
+            f"cfg_scale {cfg_scale} needs classes and class_dropout_prob > 0, this model has "
+            f"{model.num_classes} and {model.class_dropout_prob}: use cfg_scale 1"
+        )
+
+
+def build_model(config: Config) -> DiS:
+    """The DiS of a resolved config, with its initial weights."""
+    values = dataclasses.asdict(config.model)
+    name, sizes = values.pop("name"), {key: values.pop(key) for key in SIZES}
+    given = [key for key, value in sizes.items() if value is not None]
+    values["learn_sigma"] = config.diffusion.learn_sigma
+    if name and given:
+        raise ValueError(f"model.name {name!r} already says {', '.join(given)}: give one or other")
+    if name:
+        return create_model(name, **values)
+    if len(given) < len(SIZES):
+        lacking = ", ".join(key for key in SIZES if key not in given)
+        raise ValueError(f"the model lacks {lacking}: give all of {', '.join(SIZES)}, or a name")
+    return DiS(**sizes, **values)
+
+
+def build_diffusion(config: Config) -> Diffusion:
+    return Diffusion(**dataclasses.asdict(config.diffusion))
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, without guessing: a string is no number, 1 is no bool."""
+    if dataclasses.is_dataclass(hint):
+        return _convert_section(value, hint, name)
+    if isinstance(hint, types.UnionType):
+        options = [o for o in typing.get_args(hint) if o is not types.NoneType]
+        return None if value is None else _convert(value, options[0], name)
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(arguments)}")
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(arguments):
+            return tuple(_convert(v, a, name) for v, a in zip(value, arguments, strict=True))
+        raise ValueError(f"{name} is {value!r}: give {len(arguments)} values")
+    accepted = {float: (int, float), Path: (str, Path)}.get(hint, (hint,))
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{name} is {value!r}: give {'a path' if hint is Path else hint.__name__}")
+    return hint(value)
+
+
+def _convert_section(values: Any, section: type, name: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is {values!r}: it is a section, give [{name}] and its keys")
+    hints = typing.get_type_hints(section)
+    prefix = f"{name}." if name else ""
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"unknown key {prefix + key!r}; {_suggest(key, hints, prefix)}")
+    return section(**{key: _convert(v, hints[key], prefix + key) for key, v in values.items()})
+
+
+def _suggest(key: str, hints: dict[str, Any], prefix: str) -> str:
+    known = _flat(to_dict(Config()))
+    elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == key]
+    near = _near(key, {k: None for k in hints}, prefix)
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}?"
+    return near or f"known here: {', '.join(hints)}"
+
+
+def _near(key: str, known: dict[str, Any], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {prefix + matches[0]!r}?" if matches else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _toml_line(key: str, value: Any) -> str:
+    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value)}"

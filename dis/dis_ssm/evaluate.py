@@ -1,0 +1,311 @@
+"""Scores of a run's EMA model: class accuracy, Fréchet distance over pixels, bits per dimension.
+
+The training never saw the held-out split. The classifier is fitted on it, samples are compared with
+it, and its images are the ones whose likelihood is bounded. Every distance stands beside the same
+distance between real images, at equal n, because its value at finite n is not zero.
+
+Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 1].
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoint import complete_checkpoints, load_model, read_state, versions, write_json
+from .config import build_diffusion, check_guidance
+from .data import ImageDataset, epoch_order, open_dataset
+from .diffusion import Diffusion
+from .images import draw_images, label_columns, to_model_space
+from .metrics import class_accuracy, frechet_of_features, pixel_features, require_scikit_learn
+from .sampling import image_generators
+
+MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    num: int = 600,
+    steps: int | None = None,
+    sampler: str | None = None,
+    cfg_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    bound_images: int = 256,
+    bound_terms: int = 32,
+    device: str | torch.device | None = None,
+    keep: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Draw `num` samples from the newest checkpoint of RUN, score them, write RUN/scores.json.
+
+    Unset `steps`, `sampler`, `cfg_scale` and `batch_size` are those of the run's [sample] section;
+    `device` is a GPU when there is one. Labels are balanced: image i has class i mod K and is drawn
+    from (seed, i). The bound takes `bound_images` held-out images and `bound_terms` passes each
+    (even; 0 skips it). `keep` writes RUN/samples.npz as ADM does: arr_0 uint8 (n, H, W, C),
+    arr_1 int64 labels.
+
+    Returns what scores.json holds (see `score_samples` and `bits_per_dim`), with how it was made:
+    num, steps, sampler, cfg_scale, seed, checkpoint step, weights, device, versions.
+
+    Raises ValueError for a run without checkpoint or held-out images, samples that are not finite,
+    guidance of a model without classes, and options that the sampler or the bound refuses.
+    """
+    if num < 2:
+        raise ValueError(f"num is {num}: a distance needs 2 samples or more")
+    if bound_terms < 0 or bound_terms % 2 or bound_images < 1:
+        raise ValueError(
+            f"bound_terms is {bound_terms} and bound_images {bound_images}: give an even number of "
+            f"terms (0: no bound) and at least one image"
+        )
+    started = time.perf_counter()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run, checkpoint = _locate(Path(run))
+    model, config = load_model(checkpoint, weights="ema", device=device)
+    chosen = {
+        "steps": steps,
+        "sampler": sampler,
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    settings = dataclasses.replace(config.sample, num=num, **given)
+    check_guidance(config, settings.cfg_scale)
+    diffusion = build_diffusion(config)
+    train, heldout = (
+        open_dataset(config.data.source, split, config.data.image_size)
+        for split in ("train", "heldout")
+    )
+    num_classes = heldout.num_classes if config.model.num_classes else 0
+    if num_classes:
+        require_scikit_learn()  # before the minutes of sampling, not after them
+
+    labels, _ = label_columns(num, list(range(num_classes)))
+    shape = (heldout.channels, heldout.height, heldout.width)
+    passes = settings.steps * -(-num // settings.batch_size)
+    with _watched(model, passes, "sample", progress):
+        samples = draw_images(model, diffusion, shape, num, labels, settings)
+    if keep:
+        _write_samples(run / "samples.npz", samples, labels)
+    scores = score_samples(samples, labels, train, heldout)
+    if bound_terms:
+        scores |= bits_per_dim(
+            model,
+            diffusion,
+            heldout,
+            conditional=bool(num_classes),
+            num=bound_images,
+            terms=bound_terms,
+            seed=seed,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+    scores |= {
+        "source": config.data.source,
+        "num": num,
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "eta": settings.eta,
+        "cfg_scale": settings.cfg_scale,
+        "seed": seed,
+        "weights": "ema",
+        "checkpoint_step": read_state(checkpoint)["step"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": versions() | {"numpy": np.__version__},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_json(run / "scores.json", scores)
+    return scores
+
+
+def score_samples(
+    samples: torch.Tensor,
+    labels: torch.Tensor | None,
+    train: ImageDataset,
+    heldout: ImageDataset,
+) -> dict:
+    """Scores of samples, uint8 (n, C, H, W), against two real sets.
+
+    class_accuracy: fraction of samples that a classifier fitted on `heldout` puts into their class,
+    by class as well; class_accuracy_real: the same of the images of `train`; None when `labels` is
+    None or there are fewer than two classes. fd_pixels: squared Fréchet distance over
+    `pixel_features` between `fd_num` samples and held-out images; fd_pixels_real: between as many
+    images of `train` and the same held-out ones.
+    """
+    n = min(len(samples), len(train), len(heldout))
+    if n < 2:
+        raise ValueError(f"a distance needs 2 images or more of each kind, got {n}")
+    real, other = (_subset(dataset, n)[0] for dataset in (heldout, train))
+    # labels come in turn, so the first n samples are as balanced as all of them
+    features, real, other = (pixel_features(images) for images in (samples[:n], real, other))
+    scores = {
+        "class_accuracy": None,
+        "class_accuracy_real": None,
+        "class_accuracy_by_class": None,
+        "fd_pixels": frechet_of_features(features, real),
+        "fd_pixels_real": frechet_of_features(other, real),
+        "fd_num": n,
+    }
+    if labels is not None and heldout.num_classes > 1:
+        fitted, checked = (_subset(d, min(len(d), MAX_JUDGED)) for d in (heldout, train))
+        judged = class_accuracy(samples, labels, *fitted, *checked)
+        scores["class_accuracy"] = judged["samples"]
+        scores["class_accuracy_real"] = judged["real"]
+        by_class = judged["by_class"].items()
+        scores["class_accuracy_by_class"] = {heldout.class_names[k]: v for k, v in by_class}
+    return scores
+
+
+def bits_per_dim(
+    model: nn.Module,
+    diffusion: Diffusion,
+    dataset: ImageDataset,
+    *,
+    conditional: bool,
+    num: int = 256,
+    terms: int = 32,
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> dict:
+    """The variational bound on `num` images of `dataset`, in bits per dimension, without guidance.
+
+    bits_per_dim is the mean over images of an unbiased estimate from `terms` timesteps each;
+    bits_per_dim_stderr is its standard error, from the spread over images, which holds the choice
+    of images, of timesteps and of noise alike. bits_per_dim_prior and _decoder are L_T and L_0.
+    The predicted x0 is clipped to [-1, 1] (Nichol & Dhariwal 2021).
+
+    The bound is on the likelihood of images of 256 levels in [-1, 1]. Images that use fewer are
+    easier (the digits have 17 levels), so compare the number between models of one data set only.
+
+    Raises ValueError when the bound is not finite or `terms` is refused by `variational_bound`.
+    """
+    images, labels = _subset(dataset, min(num, len(dataset)))
+    device = next(model.parameters()).device
+    batches = torch.arange(len(images)).split(batch_size)
+    with _watched(model, (terms + 1) * len(batches), "bound", progress):
+        bounds = [
+            diffusion.variational_bound(
+                model,
+                to_model_space(images[indices]).to(device),
+                labels[indices].to(device) if conditional else None,
+                num_terms=terms,
+                generator=image_generators(seed, indices.tolist()),
+                clip_denoised=True,
+            )
+            for indices in batches
+        ]
+    total, prior, decoder = (
+        torch.cat([getattr(bound, name) for bound in bounds]).cpu().double()
+        for name in ("total", "prior", "decoder")
+    )
+    if not torch.isfinite(total).all():
+        raise ValueError("the bound is not finite: the model diverged")
+    spread = total.std().item() / len(total) ** 0.5 if len(total) > 1 else None
+    return {
+        "bits_per_dim": total.mean().item(),
+        "bits_per_dim_stderr": spread,
+        "bits_per_dim_prior": prior.mean().item(),
+        "bits_per_dim_decoder": decoder.mean().item(),
+        "bits_per_dim_images": len(total),
+        "bits_per_dim_terms": terms,
+    }
+
+
+def format_scores(scores: dict) -> str:
+    """Scores as a table for people."""
+    n, source = scores["fd_num"], scores.get("source", "")
+    rows = [("score", "samples", "real images", "how")]
+    if scores["class_accuracy"] is None:
+        rows.append(("class accuracy", "-", "-", "not defined without two classes or more"))
+    else:
+        by_class = scores["class_accuracy_by_class"].items()
+        worst = min(by_class, key=lambda item: item[1])
+        rows.append(
+            (
+                "class accuracy",
+                f"{scores['class_accuracy']:.3f}",
+                f"{scores['class_accuracy_real']:.3f}",
+                f"SVM fitted on held-out images; worst class {worst[0]}: {worst[1]:.3f}",
+            )
+        )
+    rows.append(
+        (
+            "FD-pixels",
+            f"{scores['fd_pixels']:.4f}",
+            f"{scores['fd_pixels_real']:.4f}",
+            f"to {n} held-out images; real: {n} training images",
+        )
+    )
+    if "bits_per_dim" in scores:
+        spread = scores["bits_per_dim_stderr"]
+        rows.append(
+            (
+                "bits per dimension",
+                f"{scores['bits_per_dim']:.3f}" + ("" if spread is None else f" ± {spread:.3f}"),
+                "",
+                f"bound, 256 levels; {scores['bits_per_dim_images']} held-out images, "
+                f"{scores['bits_per_dim_terms']} timesteps each, ± standard error",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
+    made = (
+        f"{scores['num']} samples of {source}, {scores['sampler']} {scores['steps']} steps, "
+        f"guidance {scores['cfg_scale']:g}, seed {scores['seed']}; {scores['weights']} weights of "
+        f"step {scores['checkpoint_step']}; {scores['device']}, {scores['seconds']} s"
+    )
+    return "\n".join([*table, made])
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, passes: int, name: str, progress: bool) -> Iterator[None]:
+    """Count the model's passes on a progress bar; ValueError when an output is not finite."""
+
+    def after_pass(module, inputs, output):
+        if not torch.isfinite(output).all():
+            raise ValueError(
+                f"{name}: pass {bar.n + 1} of the model is not finite: training diverged, or "
+                f"guidance is too strong"
+            )
+        bar.update()
+
+    with tqdm(total=passes, desc=name, unit="pass", disable=not progress) as bar:
+        hook = model.register_forward_hook(after_pass)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _locate(path: Path) -> tuple[Path, Path]:
+    """(RUN, checkpoint folder) of a run or of one of its checkpoints."""
+    if complete := complete_checkpoints(path):
+        return path, complete[-1]
+    return (path.parents[1] if path.parent.name == "checkpoints" else path), path
+
+
+def _subset(dataset: ImageDataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A fixed random choice of n images: the same for every run and seed."""
+    return dataset.batch(epoch_order(len(dataset), seed=0, epoch=0)[:n])
+
+
+def _write_samples(path: Path, samples: torch.Tensor, labels: torch.Tensor | None) -> None:
+    arrays = [samples.permute(0, 2, 3, 1).contiguous().numpy()]
+    if labels is not None:
+        arrays.append(labels.numpy())
+    draft = path.with_suffix(".draft.npz")
+    np.savez_compressed(draft, *arrays)
+    os.replace(draft, path)

@@ -1,0 +1,127 @@
+"""Between the model's numbers and pictures: uint8, numbered sets of samples, grids.
+
+Images are (n, C, H, W); model space is float32 in [-1, 1].
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import SampleConfig
+from .diffusion import Diffusion
+from .sampling import image_generators, image_noise, sample
+
+HALF_RANGE = 127.5  # of uint8
+GAP = 2  # pixels between the cells of a grid
+VISIBLE = 64  # smaller images are enlarged to at least this many pixels a side
+MAX_COLUMNS = 32
+FORMATS = (".png", ".npz")
+
+
+def to_model_space(images: Tensor) -> Tensor:
+    """uint8 -> float32, x / 127.5 - 1."""
+    return images.float() / HALF_RANGE - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Inverse of `to_model_space`, rounded to nearest and clipped; black where not a number."""
+    return ((x.nan_to_num(-1) + 1) * HALF_RANGE).round().clamp(0, 2 * HALF_RANGE).to(torch.uint8)
+
+
+def label_columns(num: int, classes: list[int]) -> tuple[Tensor | None, int]:
+    """Labels (num,) that fill a grid row by row with one class a column, and its column count.
+
+    Without classes there are no labels and the grid is about square, as with more classes than
+    `MAX_COLUMNS`.
+    """
+    columns = len(classes) if 0 < len(classes) <= MAX_COLUMNS else math.ceil(math.sqrt(num))
+    if not classes:
+        return None, columns
+    return torch.tensor(classes)[torch.arange(num) % len(classes)], min(num, columns)
+
+
+@torch.no_grad()
+def draw_images(
+    model: nn.Module,
+    diffusion: Diffusion,
+    shape: tuple[int, int, int],
+    num: int,
+    labels: Tensor | None,
+    settings: SampleConfig,
+    *,
+    progress: bool = False,
+) -> Tensor:
+    """Images 0 .. num-1 of `shape` (C, H, W) as uint8 on the CPU; labels int64 (num,) or None.
+
+    Image i depends on (settings.seed, i): all its noise comes from generator i. The model is used
+    as it is; put it in eval mode first. Warns of images that are not finite.
+    """
+    device = next(model.parameters()).device
+    batches = torch.arange(num).split(settings.batch_size)
+    parts = []
+    with tqdm(total=settings.steps * len(batches), unit="step", disable=not progress) as bar:
+        for indices in batches:
+            generators = image_generators(settings.seed, indices.tolist())
+            images = sample(
+                model,
+                diffusion,
+                image_noise(shape, generators, device),
+                None if labels is None else labels[indices].to(device),
+                steps=settings.steps,
+                sampler=settings.sampler,
+                eta=settings.eta,
+                cfg_scale=settings.cfg_scale,
+                cfg_interval=settings.cfg_interval,
+                null_class=None if labels is None else model.null_class,
+                generator=generators,
+                callback=lambda *_: bar.update(),
+                clip_denoised=settings.clip_denoised,
+            )
+            parts.append(images.cpu())
+    images = torch.cat(parts)
+    if wrong := (~images.isfinite()).flatten(1).any(1).sum().item():
+        warnings.warn(f"{wrong} of {num} images are not finite", stacklevel=2)
+    return to_uint8(images)
+
+
+def make_grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
+    """uint8 images, row by row, on white; nearest-neighbour enlarged `scale` times.
+
+    `scale` None enlarges to at least `VISIBLE` pixels a side.
+    """
+    n, channels, height, width = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"a grid shows grey or RGB images, not {channels} channels")
+    scale = scale or max(1, math.ceil(VISIBLE / max(height, width)))
+    height, width = height * scale, width * scale
+    rows = math.ceil(n / columns)
+    size = (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels)
+    canvas = np.full(size, 2 * HALF_RANGE, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        cell = image.repeat(scale, 0).repeat(scale, 1)
+        canvas[top : top + height, left : left + width] = cell
+    return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+
+
+def check_format(path: Path) -> None:
+    if path.suffix not in FORMATS:
+        raise ValueError(f"cannot write {path}: give a name that ends in {' or '.join(FORMATS)}")
+
+
+def save_images(images: Tensor, labels: Tensor | None, path: Path, columns: int) -> None:
+    """Write uint8 images as a grid (.png) or as ADM's arrays (.npz): arr_0 (n, H, W, C), arr_1 the
+    labels. The folder is made if need be."""
+    check_format(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        arrays = [images.permute(0, 2, 3, 1)] + ([] if labels is None else [labels])
+        np.savez_compressed(path, *(array.numpy() for array in arrays))
+    else:
+        make_grid(images, columns).save(path)

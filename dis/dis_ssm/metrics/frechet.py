@@ -1,0 +1,107 @@
+"""The Fréchet distance between Gaussians, and the streaming statistics it needs."""
+
+import torch
+
+
+def frechet_distance(
+    mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor
+) -> float:
+    """|mu1 - mu2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^(1/2)), in float64.
+
+    The squared 2-Wasserstein distance between N(mu1, cov1) and N(mu2, cov2) (Dowson & Landau 1982;
+    Heusel et al. 2017, eq. 6), in squared units of the features. With cov = S S^T from a symmetric
+    eigendecomposition, (cov1 cov2)^(1/2) has the trace of (S1^T cov2 S1)^(1/2), the sum of the
+    singular values of S1^T S2: real, and exact for covariances without full rank.
+
+    mu (d,), cov (d, d) symmetric. Raises ValueError for other shapes, non-finite values and a
+    covariance with a negative eigenvalue.
+    """
+    mu1, cov1, mu2, cov2 = (
+        torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mu1, cov1, mu2, cov2)
+    )
+    d = mu1.numel()
+    if any(mu.shape != (d,) for mu in (mu1, mu2)) or any(c.shape != (d, d) for c in (cov1, cov2)):
+        shapes = [tuple(v.shape) for v in (mu1, cov1, mu2, cov2)]
+        raise ValueError(f"need shapes (d,), (d, d), (d,), (d, d), got {shapes}")
+    if not (torch.isfinite(mu1).all() and torch.isfinite(mu2).all()):
+        raise ValueError("a mean holds non-finite values")
+    cross = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
+    squared = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return max(squared.item(), 0.0)
+
+
+def _factor(cov: torch.Tensor) -> torch.Tensor:
+    """S (d, rank) with cov = S S^T. Eigenvalues within rounding of zero are dropped: their square
+    roots would be 1e-8, not 1e-16, of the largest."""
+    if not torch.isfinite(cov).all():
+        raise ValueError("the covariance holds non-finite values")
+    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+    rounding = values.abs().max() * len(values) * torch.finfo(cov.dtype).eps
+    if values[0] < -1e3 * rounding:
+        raise ValueError(f"not a covariance: it has the eigenvalue {values[0].item():.3g}")
+    kept = values > rounding
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that arrive in batches, in float64 on the CPU.
+
+    Keeps the count n, the mean (d,) and the scatter sum_i (f_i - mean)(f_i - mean)^T (d, d), joined
+    by Chan, Golub & LeVeque's update, so that nothing cancels when the mean is large. Statistics of
+    parts merge into those of the whole.
+    """
+
+    def __init__(self):
+        self.n = 0
+        self._mean = self._scatter = None
+
+    def update(self, features: torch.Tensor) -> "FeatureStatistics":
+        """Add features (n, d). Raises ValueError when they are not finite or not 2-D."""
+        features = torch.as_tensor(features).detach().cpu().to(torch.float64)
+        if features.dim() != 2:
+            raise ValueError(f"need features (n, d), got {tuple(features.shape)}")
+        bad = len(features) - int(torch.isfinite(features).all(dim=1).sum())
+        if bad:
+            raise ValueError(f"{bad} of {len(features)} feature vectors are not finite")
+        if len(features):
+            mean = features.mean(dim=0)
+            centred = features - mean
+            self._join(len(features), mean, centred.T @ centred)
+        return self
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """Add everything that `other` has seen."""
+        if other.n:
+            self._join(other.n, other._mean, other._scatter)
+        return self
+
+    def _join(self, n: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        if self.n == 0:
+            self.n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
+            return
+        if mean.shape != self._mean.shape:
+            raise ValueError(f"{len(mean)} features, but {len(self._mean)} before")
+        total = self.n + n
+        delta = mean - self._mean
+        self._scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
+        self._mean += delta * (n / total)
+        self.n = total
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(d,). Raises ValueError before the first feature."""
+        if self.n == 0:
+            raise ValueError("no features yet")
+        return self._mean.clone()
+
+    def cov(self, ddof: int = 1) -> torch.Tensor:
+        """(d, d): scatter / (n - ddof). Raises ValueError unless n > ddof."""
+        if self.n <= ddof:
+            raise ValueError(f"a covariance with ddof {ddof} needs more than {self.n} features")
+        return self._scatter / (self.n - ddof)
+
+
+def frechet_of_features(features1: torch.Tensor, features2: torch.Tensor) -> float:
+    """`frechet_distance` between the Gaussians of two feature sets (n, d), ddof 1."""
+    one, two = FeatureStatistics().update(features1), FeatureStatistics().update(features2)
+    return frechet_distance(one.mean, one.cov(), two.mean, two.cov())

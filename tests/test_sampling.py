@@ -1,0 +1,584 @@
+"""Samplers against closed forms, diffusers and their own definitions.
+
+Data N(MU, SCALE²) have an exact denoiser, so every chain is an affine recursion known on paper.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dis_ssm.diffusion import PREDICTIONS, Diffusion
+from dis_ssm.sampling import (
+    _image_seed,
+    ddim_invert,
+    guided,
+    image_generators,
+    image_noise,
+    interpolate,
+    respaced,
+    sample,
+)
+
+MU, SCALE = 0.3, 0.5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # these tensors are too small for two
+
+
+class GaussianDenoiser:
+    """The exact predictor for data N(MU, SCALE²); `interpolation` fills the variance half."""
+
+    def __init__(self, diffusion, interpolation=0.0):
+        self.diffusion, self.interpolation = diffusion, interpolation
+        self.timesteps = []
+
+    def __call__(self, x, t, y):
+        assert t.dtype == torch.int64 and t.shape == (len(x),)
+        self.timesteps.append(t[0].item())
+        a = self.diffusion.alpha_bar.to(x.dtype)[t].reshape(-1, *[1] * (x.ndim - 1))
+        x0 = MU + a.sqrt() * SCALE**2 / (a * SCALE**2 + 1 - a) * (x - a.sqrt() * MU)
+        epsilon = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        output = self.diffusion.target(x0, epsilon, t)
+        if self.diffusion.learn_sigma:
+            output = torch.cat([output, torch.full_like(x, self.interpolation)], 1)
+        return output
+
+
+class LabelModel:
+    """An arbitrary function of (x, t, y) with 2C channels that records its calls."""
+
+    null_class = 3
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append((len(x), t, y))
+        label = 0 if y is None else (y if y.ndim == 1 else y.sum(1)).to(x).reshape(-1, 1, 1, 1)
+        phase = t.to(x).reshape(-1, 1, 1, 1) / 100 + label
+        return torch.cat([torch.sin(x + phase), torch.tanh(x * phase)], 1)
+
+
+def _noise(*shape, dtype=torch.float64, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _seeded(seed=7):
+    return torch.Generator().manual_seed(seed)
+
+
+def _posterior_coefficients(d, t, s):
+    """On x0, on x_t, β̃ and β, from the products of the α's between s and t."""
+    a_t = d.alpha_bar[t].item()
+    a_s = d.alpha_bar[s].item() if s >= 0 else 1.0
+    alpha = math.prod((1 - d.betas[s + 1 : t + 1]).tolist())
+    on_x0 = math.sqrt(a_s) * (1 - alpha) / (1 - a_t)
+    on_x_t = math.sqrt(alpha) * (1 - a_s) / (1 - a_t)
+    return on_x0, on_x_t, (1 - alpha) * (1 - a_s) / (1 - a_t), 1 - alpha
+
+
+# -- steps -------------------------------------------------------------------------------------
+
+
+def test_respaced_timesteps_are_those_of_diffusers():
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(timestep_spacing="linspace")
+    for steps in (2, 10, 27, 50, 61, 250, 999, 1000):
+        scheduler.set_timesteps(steps)
+        assert respaced(1000, steps) == scheduler.timesteps.tolist()[::-1]
+    assert respaced(1000, 250)[:3] == [0, 4, 8] and respaced(1000, 250)[-1] == 999
+    assert respaced(10, 10) == list(range(10))
+    assert respaced(10, 1) == [9]
+
+
+@pytest.mark.parametrize("steps", [0, 101, [], [0, 100], [-1, 5], [3, 3], [5, 2]])
+def test_bad_steps_are_errors(steps):
+    d = Diffusion("linear", 100)
+    with pytest.raises(ValueError, match="must"):
+        sample(GaussianDenoiser(d), d, _noise(1, 1, 2, 2), steps=steps)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [1, 7, 100, [2, 50, 97]])
+def test_the_model_sees_original_timesteps_and_the_callback_every_state(sampler, steps):
+    d = Diffusion("linear", 100)
+    model, calls = GaussianDenoiser(d), []
+    x = sample(
+        model,
+        d,
+        _noise(2, 1, 2, 2),
+        steps=steps,
+        sampler=sampler,
+        callback=lambda i, t, x: calls.append((i, t, x)),
+    )
+    expected = (steps if isinstance(steps, list) else respaced(100, steps))[::-1]
+    assert model.timesteps == expected == [t for _, t, _ in calls]
+    assert [i for i, _, _ in calls] == list(range(len(expected)))
+    assert torch.equal(calls[-1][2], x)
+
+
+def test_one_step_is_the_denoised_noise():
+    d = Diffusion("linear", 100)
+    noise = _noise(2, 1, 3, 3)
+    t = torch.tensor([99, 99])
+    x0, _ = d.predict(GaussianDenoiser(d)(noise, t, None)[:, :1], noise, t)
+    for sampler in ("ddpm", "ddim"):
+        got = sample(GaussianDenoiser(d), d, noise, steps=1, sampler=sampler)
+        torch.testing.assert_close(got, x0)
+
+
+# -- ancestral sampling ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [100, 13])
+def test_ancestral_chain_is_the_affine_recursion(prediction, steps):
+    d = Diffusion("linear", 100, prediction)
+    noise = _noise(2, 1, 4, 4)
+    got = sample(GaussianDenoiser(d, -0.4), d, noise, steps=steps, generator=_seeded())
+
+    g, x = _seeded(), noise
+    chain = [-1, *respaced(100, steps)]
+    for s, t in list(itertools.pairwise(chain))[::-1]:
+        a = d.alpha_bar[t].item()
+        on_x0, on_x_t, small, large = _posterior_coefficients(d, t, s)
+        x0 = MU + math.sqrt(a) * SCALE**2 / (a * SCALE**2 + 1 - a) * (x - math.sqrt(a) * MU)
+        x = on_x0 * x0 + on_x_t * x
+        if s >= 0:
+            sigma = math.exp((0.3 * math.log(large) + 0.7 * math.log(small)) / 2)
+            x = x + sigma * torch.randn(noise.shape, generator=g, dtype=noise.dtype)
+    torch.testing.assert_close(got, x, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_ancestral_samples_have_the_moments_of_the_recursion(variance):
+    d = Diffusion("linear", 100, learn_sigma=False, variance=variance)
+    x = sample(GaussianDenoiser(d), d, _noise(1, 1, 150, 150), steps=40, generator=_seeded())
+    mean, second = 0.0, 1.0
+    for s, t in list(itertools.pairwise([-1, *respaced(100, 40)]))[::-1]:
+        a = d.alpha_bar[t].item()
+        on_x0, on_x_t, small, large = _posterior_coefficients(d, t, s)
+        slope = math.sqrt(a) * SCALE**2 / (a * SCALE**2 + 1 - a)
+        mean = on_x0 * (MU + slope * (mean - math.sqrt(a) * MU)) + on_x_t * mean
+        sigma2 = (small if variance == "fixed_small" else large) if s >= 0 else 0.0
+        second = (on_x0 * slope + on_x_t) ** 2 * second + sigma2
+    count = x.numel()
+    assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(second / count))
+    assert x.var().item() == pytest.approx(second, rel=5 * math.sqrt(2 / count))
+    assert mean == pytest.approx(MU, abs=0.01) and second == pytest.approx(SCALE**2, rel=0.3)
+
+
+def test_clipping_bounds_the_result():
+    d = Diffusion("linear", 20)
+    noise = _noise(2, 1, 8, 8)
+    assert sample(GaussianDenoiser(d), d, 3 * noise, steps=20).abs().max() > 1
+    for sampler in ("ddpm", "ddim"):
+        x = sample(GaussianDenoiser(d), d, 3 * noise, steps=20, sampler=sampler, clip_denoised=True)
+        assert x.abs().max() <= 1
+
+
+def test_precision_of_result_and_model_input():
+    d = Diffusion("linear", 20)
+    seen = set()
+
+    def model(x, t, y):
+        seen.add(x.dtype)
+        return torch.cat([x, x], 1)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = sample(model, d, _noise(1, 1, 2, 2, dtype=dtype), steps=3)
+        assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert seen == {dtype} and not x.requires_grad
+        seen.clear()
+
+
+# -- DDIM --------------------------------------------------------------------------------------
+
+
+def test_ddim_with_full_eta_is_ddpm_with_the_small_variance():
+    d = Diffusion("cosine", 50, learn_sigma=False, variance="fixed_small")
+    noise, model = _noise(2, 1, 4, 4), GaussianDenoiser(d)
+    ddim = sample(model, d, noise, steps=20, sampler="ddim", eta=1.0, generator=_seeded())
+    ddpm = sample(model, d, noise, steps=20, generator=_seeded())
+    torch.testing.assert_close(ddim, ddpm, rtol=1e-7, atol=1e-9)
+
+
+def test_ddim_is_deterministic_and_has_a_closed_form():
+    """√a x̂0 + √(1 - a) ε̂ is affine too; with many steps it maps N(0, 1) onto N(MU, SCALE²)."""
+    d = Diffusion("linear", 1000)
+    noise = _noise(1, 1, 4, 4)
+    x = sample(GaussianDenoiser(d), d, noise, steps=1000, sampler="ddim")
+    torch.testing.assert_close(x, MU + SCALE * noise, rtol=0, atol=0.02)
+    few = [sample(GaussianDenoiser(d), d, noise, steps=5, sampler="ddim") for _ in range(2)]
+    assert torch.equal(*few)
+    expected = noise
+    for s, t in list(itertools.pairwise([-1, *respaced(1000, 5)]))[::-1]:
+        a_t, a_s = d.alpha_bar[t].item(), d.alpha_bar[s].item() if s >= 0 else 1.0
+        slope = math.sqrt(a_t) * SCALE**2 / (a_t * SCALE**2 + 1 - a_t)
+        x0 = MU + slope * (expected - math.sqrt(a_t) * MU)
+        epsilon = (expected - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
+        expected = math.sqrt(a_s) * x0 + math.sqrt(1 - a_s) * epsilon
+    torch.testing.assert_close(few[0], expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_inversion_reconstructs_better_with_more_steps(prediction):
+    d = Diffusion("linear", 1000, prediction)
+    model = GaussianDenoiser(d)
+    x0 = MU + SCALE * _noise(2, 1, 4, 4)
+    errors = []
+    for steps in (10, 40, 160):
+        noise = ddim_invert(model, d, x0, steps=steps)
+        back = sample(model, d, noise, steps=steps, sampler="ddim")
+        errors.append((back - x0).abs().max().item())
+    assert errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2
+    assert errors[2] < 0.05
+    torch.testing.assert_close(noise, (x0 - MU) / SCALE, rtol=0, atol=0.05)
+    noise = ddim_invert(model, d, x0, steps=40, iterations=8)
+    back = sample(model, d, noise, steps=40, sampler="ddim")
+    torch.testing.assert_close(back, x0, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="got 0"):
+        ddim_invert(model, d, x0, steps=40, iterations=0)
+
+
+def test_inversion_reports_increasing_timesteps():
+    d = Diffusion("linear", 100)
+    seen = []
+    ddim_invert(
+        GaussianDenoiser(d),
+        d,
+        _noise(1, 1, 2, 2),
+        steps=4,
+        callback=lambda i, t, x: seen.append((i, t)),
+    )
+    assert seen == [(0, 0), (1, 33), (2, 66), (3, 99)]
+
+
+def test_interpolation_is_spherical_per_image():
+    a, b = _noise(2, 1, 8, 8, seed=1), _noise(2, 1, 8, 8, seed=2)
+    a, b = (torch.nn.functional.normalize(x.flatten(1)).reshape(x.shape) for x in (a, b))
+    path = interpolate(a, b, [0.0, 0.25, 0.5, 1.0])
+    torch.testing.assert_close(path[0], a)
+    torch.testing.assert_close(path[-1], b)
+    middle = torch.nn.functional.normalize((a + b).flatten(1)).reshape(a.shape)
+    torch.testing.assert_close(path[2], middle)
+    torch.testing.assert_close(path.flatten(2).norm(dim=2), torch.ones(4, 2, dtype=a.dtype))
+    angle = torch.acos((path[1] * a).flatten(1).sum(1)) / torch.acos((a * b).flatten(1).sum(1))
+    torch.testing.assert_close(angle, torch.full((2,), 0.25, dtype=a.dtype))
+    torch.testing.assert_close(interpolate(a, a, [0.3])[0], a)
+    assert interpolate(a, -a, torch.tensor([0.5])).isfinite().all()
+    with pytest.raises(ValueError, match="differ in shape"):
+        interpolate(a, b[:1], [0.5])
+
+
+# -- guidance ----------------------------------------------------------------------------------
+
+
+def test_guidance_is_the_formula_in_one_batched_call():
+    model = LabelModel()
+    x, t, y = _noise(2, 4, 2, 2), torch.tensor([10, 20]), torch.tensor([0, 2])
+    conditional = model(x, t, y)
+    unconditional = model(x, t, torch.tensor([3, 3]))
+    for channels in (None, 4, 3):
+        model.calls.clear()
+        out = guided(model, 2.5, channels=channels)(x, t, y)
+        (size, times, labels), *others = model.calls
+        assert not others and size == 4
+        assert times.tolist() == [10, 20, 10, 20] and labels.tolist() == [0, 2, 3, 3]
+        count = channels or 4
+        mix = unconditional + 2.5 * (conditional - unconditional)
+        torch.testing.assert_close(out[:, :count], mix[:, :count])
+        torch.testing.assert_close(out[:, count:], conditional[:, count:])
+    explicit = guided(model, 2.5, null_class=1)(x, t, y)
+    torch.testing.assert_close(
+        explicit[:, :4], 2.5 * conditional[:, :4] - 1.5 * model(x, t, torch.tensor([1, 1]))[:, :4]
+    )
+
+
+def test_no_guidance_is_one_conditional_pass():
+    model = LabelModel()
+    assert guided(model, 1.0) is model
+    d = Diffusion("linear", 50)
+    sample(model, d, _noise(2, 1, 2, 2), torch.tensor([0, 1]), steps=3)
+    assert [size for size, _, _ in model.calls] == [2, 2, 2]
+
+
+def test_guidance_interval():
+    model, d = LabelModel(), Diffusion("linear", 100)
+    noise, y = _noise(2, 1, 2, 2), torch.tensor([0, 1])
+    sample(model, d, noise, y, steps=[0, 20, 40, 60, 99], cfg_scale=3.0, cfg_interval=(20, 60))
+    assert [size for size, _, _ in model.calls] == [2, 4, 4, 4, 2]
+    t = torch.tensor([20, 19])
+    out = guided(model, 3.0, interval=(20, 60))(noise, t, y)
+    torch.testing.assert_close(out[:1], guided(model, 3.0)(noise, t, y)[:1])
+    torch.testing.assert_close(out[1:], model(noise, t, y)[1:])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guidance_means_the_same_for_every_prediction(prediction):
+    """A model of any kind that says what an ε model says gives the same guided images."""
+    epsilon_d = Diffusion("linear", 50)
+    d = Diffusion("linear", 50, prediction)
+
+    def converted(x, t, y):
+        output, variance = LabelModel()(x, t, y).chunk(2, 1)
+        x0, epsilon = epsilon_d.predict(output, x, t)
+        return torch.cat([d.target(x0, epsilon, t), variance], 1)
+
+    options = {"steps": 10, "cfg_scale": 2.0, "null_class": 3}
+    noise, y = _noise(2, 3, 2, 2), torch.tensor([0, 1])
+    for channels in (None, 2):
+        expected, got = (
+            sample(
+                model, diffusion, noise, y, cfg_channels=channels, generator=_seeded(), **options
+            )
+            for model, diffusion in ((LabelModel(), epsilon_d), (converted, d))
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_vector_conditions_need_a_null_vector():
+    model = LabelModel()
+    x, t, y = _noise(2, 1, 2, 2), torch.tensor([5, 6]), _noise(2, 3, seed=4)
+    null = torch.tensor([0.1, 0.2, 0.3])
+    out = guided(model, 2.0, null_class=null)(x, t, y)
+    expected = 2 * model(x, t, y) - model(x, t, null.to(y).expand(2, 3))
+    torch.testing.assert_close(out[:, :1], expected[:, :1])
+    with pytest.raises(ValueError, match="must be one too, got 3"):
+        guided(model, 2.0)(x, t, y)
+
+
+def test_bad_guidance_is_named():
+    d, noise, y = Diffusion("linear", 50), _noise(2, 2, 2, 2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="y is None"):
+        sample(LabelModel(), d, noise, steps=2, cfg_scale=2.0)
+    with pytest.raises(ValueError, match="needs null_class"):
+        sample(GaussianDenoiser(d), d, noise, y, steps=2, cfg_scale=2.0)
+    with pytest.raises(ValueError, match="guide 3 of 2"):
+        sample(LabelModel(), d, noise, y, steps=2, cfg_scale=2.0, cfg_channels=3)
+    with pytest.raises(ValueError, match=r"\(9, 3\)"):
+        sample(LabelModel(), d, noise, y, steps=2, cfg_scale=2.0, cfg_interval=(9, 3))
+    with pytest.raises(ValueError, match=r"\(3,\) for 2 images"):
+        sample(LabelModel(), d, noise, torch.tensor([0, 1, 2]), steps=2)
+
+
+def test_bad_samplers_are_named():
+    d, noise = Diffusion("linear", 50), _noise(2, 1, 2, 2)
+    for options, message in [
+        ({"sampler": "euler"}, "got 'euler'"),
+        ({"sampler": object()}, "diffusers scheduler"),
+        ({"eta": 0.5}, "eta = 0.5"),
+        ({"sampler": "ddim", "eta": 1.5}, "got 1.5"),
+        ({"generator": [_seeded()]}, "1 generators for 2 images"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample(GaussianDenoiser(d), d, noise, steps=2, **options)
+
+
+# -- seeds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.7)])
+def test_an_image_does_not_depend_on_its_batch(sampler, eta):
+    d = Diffusion("linear", 50)
+
+    def draw(indices):
+        generators = image_generators(11, indices)
+        noise = image_noise((1, 4, 4), generators, dtype=torch.float64)
+        return sample(
+            GaussianDenoiser(d), d, noise, steps=9, sampler=sampler, eta=eta, generator=generators
+        )
+
+    batch = draw(range(4))
+    assert torch.equal(draw(range(4)), batch)
+    for i in range(4):
+        torch.testing.assert_close(draw([i])[0], batch[i], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(draw([3, 1]), batch[[3, 1]], rtol=1e-12, atol=1e-12)
+
+
+def test_image_seeds_never_meet():
+    """PyTorch's CPU generator keeps 32 bits of its seed; those must differ within a run."""
+    count = 150_000  # 32-bit hashes of as many would meet 2.6 times on average
+    low = [_image_seed(0, i) & 0xFFFFFFFF for i in range(count)]
+    assert len(set(low)) == count
+    assert abs(np.mean(low) / 2**32 - 0.5) < 0.02
+    assert image_generators(0, [7])[0].initial_seed() == _image_seed(0, 7)
+    firsts = {
+        torch.randn(1, generator=g).item()
+        for seed in range(20)
+        for g in image_generators(seed, range(20))
+    }
+    assert len(firsts) == 400  # (seed, i) and (seed + 1, i - 1) are not the same image
+    with pytest.raises(ValueError, match="-1"):
+        image_generators(0, [-1])
+
+
+def test_noise_and_steps_use_one_stream_without_repeating_it():
+    generators = image_generators(0, [5])
+    noise = image_noise((3, 4), generators)
+    assert not torch.equal(noise, image_noise((3, 4), generators))
+    assert torch.equal(noise, image_noise((3, 4), image_generators(0, [5])))
+
+
+# -- diffusers schedulers ----------------------------------------------------------------------
+
+
+def _scheduler(name, d, **options):
+    import diffusers
+
+    kind = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction", "score": "epsilon"}
+    scheduler = getattr(diffusers, name)(
+        num_train_timesteps=d.num_steps,
+        trained_betas=d.betas.tolist(),
+        prediction_type=kind[d.prediction],
+        **options,
+    )
+    scheduler.alphas_cumprod = d.alpha_bar.clone()
+    return scheduler
+
+
+def test_every_posterior_step_of_250_is_that_of_diffusers():
+    d = Diffusion()
+    scheduler = _scheduler(
+        "DDPMScheduler",
+        d,
+        variance_type="learned_range",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+    scheduler.set_timesteps(250)
+    chain = [-1, *respaced(1000, 250)]
+    x, output, z = _noise(2, 1, 3, 3), _noise(2, 2, 3, 3, seed=2), _noise(2, 1, 3, 3, seed=7)
+    for s, t in list(itertools.pairwise(chain))[::-1]:
+        p = d.reverse(output, x, torch.tensor([t, t]), torch.tensor([s, s]))
+        ours = p.mean + ((p.log_variance / 2).exp() * z if t > 0 else 0)
+        theirs = scheduler.step(output, t, x, generator=_seeded(7)).prev_sample
+        torch.testing.assert_close(theirs, ours, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_ddpm_scheduler_equals_our_chain(channels, learn_sigma):
+    d = Diffusion("linear", 1000, "v", learn_sigma, "fixed_small")
+    scheduler = _scheduler(
+        "DDPMScheduler",
+        d,
+        variance_type="learned_range" if learn_sigma else "fixed_small",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+    model, noise = GaussianDenoiser(d, 0.3), _noise(3, channels, 4, 4)
+    theirs, ours = (
+        sample(model, d, noise, steps=30, sampler=s, generator=image_generators(0, range(3)))
+        for s in (scheduler, "ddpm")
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-8)
+    assert scheduler.num_inference_steps is None
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_scheduler_equals_our_ddim(prediction, eta):
+    d = Diffusion("linear", 1000, prediction)
+    scheduler = _scheduler("DDIMScheduler", d, clip_sample=False, timestep_spacing="leading")
+    model, noise = GaussianDenoiser(d), _noise(2, 4, 3, 3)
+    options = {"eta": eta, "generator": _seeded()}
+    theirs = sample(model, d, noise, steps=20, sampler=scheduler, **options)
+    options["generator"] = _seeded()
+    ours = sample(model, d, noise, steps=range(0, 1000, 50), sampler="ddim", **options)
+    torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("DPMSolverMultistepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"variance_type": "learned_range"}),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+        ("UniPCMultistepScheduler", {}),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ],
+)
+def test_ode_schedulers_reach_the_closed_form(name, options):
+    """The probability flow of Gaussian data is MU + SCALE · noise, all four channels of it."""
+    d = Diffusion("linear", 1000)
+    noise = _noise(2, 4, 3, 3, dtype=torch.float32)
+    x = sample(GaussianDenoiser(d), d, noise, steps=50, sampler=_scheduler(name, d, **options))
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, MU + SCALE * noise, rtol=0, atol=0.1)
+
+
+def test_schedulers_that_stop_between_timesteps_hand_on_float_t():
+    d = Diffusion("linear", 1000, learn_sigma=False)
+    seen = []
+
+    def model(x, t, y):
+        seen.append(t)
+        return x
+
+    scheduler = _scheduler("EulerDiscreteScheduler", d, timestep_spacing="linspace")
+    callbacks = []
+    sample(
+        model,
+        d,
+        _noise(2, 1, 2, 2, dtype=torch.float32),
+        steps=5,
+        sampler=scheduler,
+        callback=lambda i, t, x: callbacks.append((i, t)),
+    )
+    assert [t[0].item() for t in seen] == [999, 749.25, 499.5, 249.75, 0]
+    assert [t.dtype.is_floating_point for t in seen] == [False, True, True, True, False]
+    assert callbacks == list(enumerate([999, 749.25, 499.5, 249.75, 0]))
+
+
+def test_guidance_works_with_schedulers():
+    d = Diffusion("linear", 1000)
+    scheduler = _scheduler("DDIMScheduler", d, clip_sample=False)
+    noise, y = _noise(2, 1, 3, 3), torch.tensor([0, 1])
+    theirs, ours = (
+        sample(LabelModel(), d, noise, y, steps=s, sampler=sampler, cfg_scale=2.0)
+        for s, sampler in ((10, scheduler), (range(0, 1000, 100), "ddim"))
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name, diffusion, options, message",
+    [
+        ("DDIMScheduler", {"prediction": "v"}, {}, "'epsilon'.*'v'"),
+        ("DDIMScheduler", {"prediction": "score"}, {}, "'score'"),
+        ("DDIMScheduler", {"schedule": "cosine"}, {}, "trained_betas"),
+        ("DDIMScheduler", {"num_steps": 100}, {}, "of 100 steps"),
+        ("FlowMatchEulerDiscreteScheduler", {}, {}, "prediction_type None"),
+        ("DDPMScheduler", {"learn_sigma": False}, {"variance_type": "learned_range"}, "none"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_named(name, diffusion, options, message):
+    import diffusers
+
+    d = Diffusion(**diffusion)
+    if "beta_schedule" not in options and name != "FlowMatchEulerDiscreteScheduler":
+        options = {"beta_start": 1e-4, "beta_end": 0.02, **options}
+    scheduler = getattr(diffusers, name)(**options)
+    with pytest.raises(ValueError, match=message):
+        sample(GaussianDenoiser(d), d, _noise(1, 1, 2, 2), steps=2, sampler=scheduler)
+
+
+def test_options_a_scheduler_cannot_honour_are_named():
+    d = Diffusion()
+    noise, scheduler = _noise(2, 1, 2, 2), _scheduler("DPMSolverMultistepScheduler", d)
+    for options, message in [
+        ({"eta": 0.5}, "has no eta"),
+        ({"steps": 2000}, "got 2000"),
+        ({"steps": [1, 2]}, r"got \[1, 2\]"),
+        ({"clip_denoised": True}, "clip_sample"),
+        ({"generator": [_seeded()]}, "1 generators for 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample(GaussianDenoiser(d), d, noise, **{"steps": 2, "sampler": scheduler, **options})
