@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dis_ssm.data import batch_indices, center_crop, epoch_order, open_dataset
 from PIL import Image
+
+from dis_ssm.data import batch_indices, center_crop, epoch_order, open_dataset
 
 GOLDEN_ORDER = [3, 2, 1, 6, 0, 7, 4, 5]
 

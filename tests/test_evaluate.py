@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from dis_ssm import evaluate
 from dis_ssm.checkpoint import save_checkpoint
 from dis_ssm.config import build_diffusion, build_model, from_dict, resolve
@@ -12,7 +14,6 @@ from dis_ssm.data import TensorDataset, epoch_order, open_dataset
 from dis_ssm.evaluate import bits_per_dim, evaluate_run, format_scores, score_samples
 from dis_ssm.images import to_model_space
 from dis_ssm.sampling import image_generators
-from torch import nn
 
 DIGITS = {"channels": 1, "height": 8, "width": 8, "num_classes": 10}
 
@@ -136,6 +137,7 @@ def test_bound_is_the_mean_of_the_whole_bound():
     stderr = whole.double().std().item() / 8
     assert math.isclose(got["bits_per_dim_stderr"], stderr, rel_tol=0.3)
     assert got["bits_per_dim_images"] == 64 and got["bits_per_dim_terms"] == 16
+    assert got["bits_per_dim_levels"] == 17
     assert got["bits_per_dim_decoder"] > got["bits_per_dim_prior"] > 0
     again = bits_per_dim(
         model, diffusion, heldout, conditional=True, num=64, terms=16, batch_size=9
@@ -202,7 +204,8 @@ def test_table_shows_the_numbers():
     train, heldout = open_dataset("digits"), open_dataset("digits", "heldout")
     scores = score_samples(*train.batch(range(100)), train, heldout)
     scores |= {"bits_per_dim": 2.3456, "bits_per_dim_stderr": 0.0123}
-    scores |= {"bits_per_dim_images": 9, "bits_per_dim_terms": 8, "source": "digits", "num": 100}
+    scores |= {"bits_per_dim_images": 9, "bits_per_dim_terms": 8, "bits_per_dim_levels": 17}
+    scores |= {"source": "digits", "num": 100}
     scores |= {"sampler": "ddim", "steps": 50, "cfg_scale": 1.5, "seed": 3, "weights": "ema"}
     scores |= {"checkpoint_step": 12, "device": "cpu", "seconds": 1.0}
     lines = format_scores(scores).splitlines()

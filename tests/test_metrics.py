@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from dis_ssm.data import open_dataset
 from dis_ssm.metrics import (
     FeatureStatistics,

@@ -127,21 +127,40 @@ def test_offsets_beyond_two_to_the_31(native, function, scan_inputs, run):
     assert torch.equal(function(**(inputs | {"x": far}), backend=native), expected)
 
 
+def need_memory(gigabytes):
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of free memory, there are {free:.0f}")
+
+
+@pytest.fixture
+def huge_row():
+    return torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements(native):
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if pages < 16 * 2**30:
-        pytest.skip(f"needs 16 GB of free memory, there are {pages / 2**30:.0f}")
-    torch.set_num_threads(2)
-    row = torch.randn(1, 1, 2**16 + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
-    x = row.expand(2, 2**14 + 1, -1)
-    ones = torch.ones(1, 1, 1).expand(2, 2**14 + 1, 1)
-    # A = 0, Delta = B = C = 1: y_t = (t + 1) x, here with dt -> 1 / 2^14
-    dt = torch.full((1, 1, 1), 2.0**-14).bfloat16().expand(x.shape)
-    y = selective_scan(x, dt, torch.zeros(2**16 + 1, 1), ones, ones, dt_softplus=False)
+def test_convolution_of_more_than_two_to_the_31_elements(native, huge_row):
+    need_memory(24)
+    x = huge_row.expand(2, 2**14 + 1, -1)
+    weight = torch.tensor([[1.0, 2.0]]).bfloat16().expand(len(huge_row), 2)
+    y = causal_conv1d(x, weight, activation=None, backend=native)
+    assert y.numel() > 2**31
+    for t in (1, 2**13, 2**14):
+        assert torch.equal(y[0, t], y[1, t])
+        assert torch.equal(y[1, t], (3 * huge_row.float()).bfloat16())
+
+
+@pytest.mark.slow
+def test_scan_of_more_than_two_to_the_31_elements(native, huge_row):
+    need_memory(48)
+    x = huge_row.expand(2, 2**14 + 1, -1)
+    dt = torch.tensor(2.0**-14).bfloat16().expand(x.shape)
+    ones = torch.ones(()).expand(2, 2**14 + 1, 1)
+    A = torch.zeros(len(huge_row), 1)  # no decay: y_t = (t + 1) Delta x
+    y = selective_scan(x, dt, A, ones, ones, dt_softplus=False, backend=native)
     assert y.numel() > 2**31
     for t in (0, 2**13 - 1, 2**14 - 1):
-        expected = (row[0, 0].float() * (t + 1) * 2.0**-14).bfloat16()
+        expected = (huge_row.float() * (t + 1) * 2.0**-14).bfloat16()
         assert torch.equal(y[0, t], y[1, t]) and torch.equal(y[1, t], expected)
 
 

@@ -425,6 +425,15 @@ def test_other_settings_are_refused_and_harmless_ones_are_not(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["keep"] == 7
 
 
+def test_a_run_that_moves_to_other_threads_says_that_bits_may_change(tmp_path):
+    config = tiny(tmp_path, steps=1, lr_schedule="constant")
+    train(config)
+    torch.set_num_threads(2)
+    longer = dataclasses.replace(config.train, steps=2)
+    with pytest.warns(UserWarning, match="not bit for bit: threads 1 -> 2"):
+        train(dataclasses.replace(config, train=longer))
+
+
 def test_a_damaged_checkpoint_is_passed_over_aloud_and_replaced(tmp_path):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     train(tiny(whole, save_every=2))

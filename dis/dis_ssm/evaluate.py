@@ -10,6 +10,7 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,8 +185,9 @@ def bits_per_dim(
     of images, of timesteps and of noise alike. bits_per_dim_prior and _decoder are L_T and L_0.
     The predicted x0 is clipped to [-1, 1] (Nichol & Dhariwal 2021).
 
-    The bound is on the likelihood of images of 256 levels in [-1, 1]. Images that use fewer are
-    easier (the digits have 17 levels), so compare the number between models of one data set only.
+    The bound is on the likelihood of images of 256 levels in [-1, 1]. Images that use fewer
+    (bits_per_dim_levels of them occur; the digits have 17) need log2 of those with no model at all,
+    so compare the number between models of one data set only.
 
     Raises ValueError when the bound is not finite or `terms` is refused by `variational_bound`.
     """
@@ -216,6 +218,7 @@ def bits_per_dim(
         "bits_per_dim_stderr": spread,
         "bits_per_dim_prior": prior.mean().item(),
         "bits_per_dim_decoder": decoder.mean().item(),
+        "bits_per_dim_levels": len(images.unique()),
         "bits_per_dim_images": len(total),
         "bits_per_dim_terms": terms,
     }
@@ -253,8 +256,9 @@ def format_scores(scores: dict) -> str:
                 "bits per dimension",
                 f"{scores['bits_per_dim']:.3f}" + ("" if spread is None else f" ± {spread:.3f}"),
                 "",
-                f"bound, 256 levels; {scores['bits_per_dim_images']} held-out images, "
-                f"{scores['bits_per_dim_terms']} timesteps each, ± standard error",
+                f"bound, ± standard error, over {scores['bits_per_dim_images']} held-out images, "
+                f"{scores['bits_per_dim_terms']} timesteps each; {scores['bits_per_dim_levels']} "
+                f"of 256 levels occur",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -282,7 +286,9 @@ def _watched(model: nn.Module, passes: int, name: str, progress: bool) -> Iterat
             )
         bar.update()
 
-    with tqdm(total=passes, desc=name, unit="pass", disable=not progress) as bar:
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    bar = tqdm(total=passes, desc=name, unit="pass", mininterval=interval, disable=not progress)
+    with bar:
         hook = model.register_forward_hook(after_pass)
         try:
             yield

@@ -63,9 +63,11 @@ class Outcome:
 def train(config: Config) -> Outcome:
     """Train until `config.train.steps`, or continue the run in `config.out` where it stopped.
 
-    SIGTERM and SIGINT end the current step, save and return. Raises ValueError for settings that
-    contradict the data or the saved run, FloatingPointError after `max_nonfinite` non-finite steps
-    in a row (the state is saved first), CheckpointError when no checkpoint is intact.
+    A continued run equals an uninterrupted one bit for bit on the same device, with the same
+    threads and versions; otherwise it continues with a warning. SIGTERM and SIGINT end the current
+    step, save and return. Raises ValueError for settings that contradict the data or the saved run,
+    FloatingPointError after `max_nonfinite` non-finite steps in a row (the state is saved first),
+    CheckpointError when no checkpoint is intact.
     """
     config, dataset = _open(config)
     run, steps = config.out, config.train.steps
@@ -177,12 +179,17 @@ class Trainer:
             self.model.train()
         return images, columns
 
+    def machine(self) -> dict[str, Any]:
+        """What sums in another order when it changes."""
+        return {"device": self.device.type, "threads": torch.get_num_threads()}
+
     def save(self, meter: dict[str, float], images: int) -> None:
         state = {
             "nonfinite": self.nonfinite,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "ema_updates": self.ema.updates,
             "images": images,
+            "machine": self.machine(),
             "meter": meter,
         }
         parts = {
@@ -302,12 +309,10 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
             f"{run} was trained with other settings ({'; '.join(changed)}): give those again to "
             f"continue it, or another --out to start a new run"
         )
-    if saved["versions"] != versions():
-        warnings.warn(
-            f"{folder} is by {saved['versions']}, this is {versions()}: the run continues, "
-            f"though perhaps not bit for bit",
-            stacklevel=2,
-        )
+    before, now = saved["trainer"]["machine"] | saved["versions"], trainer.machine() | versions()
+    moved = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    if moved:
+        warnings.warn(f"{run} continues, though not bit for bit: {', '.join(moved)}", stacklevel=2)
     trainer.restore(folder, saved, parts)
     return saved["trainer"]["meter"]
 

@@ -77,9 +77,9 @@ INLINE vf exp2_product(vf a, vf b) {
   p = p * r + splat(2.402224208e-1f);
   p = p * r + splat(6.931469776e-1f);
   p = p * r + splat(1.0f);
-  vi exponent = (vi)biased - 0x4b400000;
-  if constexpr (FAST) return (vf)((vi)p + (exponent << 23));
-  vi half = exponent >> 1;
+  // The low bits of `biased` are n; those of the magic number itself are zero.
+  if constexpr (FAST) return (vf)((vi)p + ((vi)biased << 23));
+  vi exponent = (vi)biased - (vi)magic, half = exponent >> 1;
   return p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
 }
 

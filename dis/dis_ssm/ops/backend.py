@@ -16,13 +16,19 @@ log = logging.getLogger("dis_ssm")
 BACKENDS = ("reference", "cpu", "cuda", "mamba_ssm")
 
 
-@torch.compiler.assume_constant_result
+def _constant(function):
+    """torch.compiler.assume_constant_result without importing the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _forced() -> str | None:
     """``$DIS_SSM_BACKEND``, for the whole process."""
     return os.environ.get("DIS_SSM_BACKEND") or None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _native_ready() -> bool:
     reason = native.why_not()
     if reason:
@@ -30,7 +36,7 @@ def _native_ready() -> bool:
     return reason is None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _no_cuda_kernel() -> bool:
     _say_once("running the PyTorch reference on the GPU: this version has no fused CUDA kernel")
     return True

@@ -152,12 +152,8 @@ def why_not() -> str | None:
     return None
 
 
-_forked = False
-
-
 def _after_fork() -> None:
-    global _forked
-    _forked = True  # an OpenMP team does not survive a fork; a second one would wait for it forever
+    torch.set_num_threads(1)  # an OpenMP team does not survive a fork: a child would wait forever
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -165,8 +161,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def run(function: str, arguments: ctypes.Structure) -> None:
     """Calls a kernel on ``torch.get_num_threads()`` threads (one in a forked child)."""
-    threads = 1 if _forked else torch.get_num_threads()
-    code = getattr(library(), f"dis_ssm_{function}")(ctypes.byref(arguments), threads)
+    kernel = getattr(library(), f"dis_ssm_{function}")
+    code = kernel(ctypes.byref(arguments), torch.get_num_threads())
     if code:
         raise MemoryError(f"{function} ran out of memory")
 

@@ -123,13 +123,13 @@ def selective_scan_reference(
 
 
 def _check(z: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
-    x, _, A = list(tensors.values())[:3]
-    name = next(iter(tensors))
+    (name_x, x), _, (name_A, A), *_ = tensors.items()
     if x.ndim != 3:
-        raise ValueError(f"{name} must be (batch, length, channels), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name_x} must be (batch, length, channels), got shape {tuple(x.shape)}")
     batch, length, channels = x.shape
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] < 1:
-        raise ValueError(f"A must be (channels {channels}, state >= 1), got {tuple(A.shape)}")
+        shape = tuple(A.shape)
+        raise ValueError(f"{name_A} must be (channels {channels}, state >= 1), got {shape}")
     token = (batch, length, A.shape[1])
     shapes = [x.shape, x.shape, A.shape, token, token, (channels,), (channels,)]
     for (name, t), shape in zip([*tensors.items(), ("z", z)], [*shapes, x.shape], strict=True):
