@@ -1,5 +1,6 @@
 """The command line: what a user types, reads and gets back."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from dis_ssm import cli, images
-from dis_ssm.checkpoint import load_model
+from dis_ssm.checkpoint import load_model, save_checkpoint
 from dis_ssm.cli import main
 from dis_ssm.config import (
     Config,
@@ -20,6 +21,7 @@ from dis_ssm.config import (
     ModelConfig,
     SampleConfig,
     TrainConfig,
+    build_model,
     load_config,
     to_toml,
 )
@@ -222,6 +224,15 @@ def test_an_unknown_format_is_refused_before_anything_is_drawn(run, monkeypatch,
     monkeypatch.setattr(images, "draw_images", lambda *_, **__: pytest.fail("drew"))
     assert main(["sample", str(run), "--out", "x.tiff"]) == 2
     assert "x.tiff" in capsys.readouterr().err
+
+
+def test_latents_are_not_drawn_as_images(tmp_path, capsys):
+    sizes = ModelConfig(hidden_size=16, depth=1, patch_size=4, num_classes=0)
+    sizes = dataclasses.replace(sizes, in_channels=4, input_size=(8, 8))
+    config = Config(model=sizes)
+    save_checkpoint(tmp_path, 0, {"ema": build_model(config).state_dict()}, config, {}, 1)
+    assert main(["sample", str(tmp_path)]) == 2
+    assert "latents of 4 channels" in capsys.readouterr().err
 
 
 def test_a_damaged_run_is_not_sampled(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """dis-ssm train | sample | evaluate | info | convert"""
 
 import dataclasses
+import os
 import signal
 import sys
 import warnings
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         if rest and not rest[0].startswith("-"):
             base, rest = load_config(rest[0]), rest[1:]
         return tyro.cli(train_command(base), prog="dis-ssm train [CONFIG]", args=rest)
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print("dis-ssm: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -98,12 +102,14 @@ def sample(
         weights: averaged (ema) or as trained.
         out: a .png grid or .npz arrays; by default a grid in the run's samples folder.
     """
-    from .images import check_format, draw_images, label_columns, save_images
+    from .images import VISIBLE_CHANNELS, check_format, draw_images, label_columns, save_images
     from .train import pick_device
 
     if out:
         check_format(out)
     model, config = load_model(run, weights=weights, device=pick_device(device))
+    if config.model.in_channels not in VISIBLE_CHANNELS:
+        raise ValueError(f"{run} draws latents of {config.model.in_channels} channels, not images")
     named = {"cfg_scale": cfg_scale, "steps": steps, "sampler": sampler}
     named |= {"eta": eta, "seed": seed, "batch_size": batch_size}
     given = {name: value for name, value in named.items() if value is not None}

@@ -21,6 +21,7 @@ HALF_RANGE = 127.5  # of uint8
 GAP = 2  # pixels between the cells of a grid
 VISIBLE = 64  # smaller images are enlarged to at least this many pixels a side
 MAX_COLUMNS = 32
+VISIBLE_CHANNELS = (1, 3)  # grey, RGB
 FORMATS = (".png", ".npz")
 
 
@@ -96,7 +97,7 @@ def make_grid(images: Tensor, columns: int, scale: int | None = None) -> Image.I
     `scale` None enlarges to at least `VISIBLE` pixels a side.
     """
     n, channels, height, width = images.shape
-    if channels not in (1, 3):
+    if channels not in VISIBLE_CHANNELS:
         raise ValueError(f"a grid shows grey or RGB images, not {channels} channels")
     scale = scale or max(1, math.ceil(VISIBLE / max(height, width)))
     height, width = height * scale, width * scale
