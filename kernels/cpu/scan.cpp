@@ -14,7 +14,8 @@
 namespace {
 
 constexpr int CHUNK = 32;           // tokens between two states kept for the backward pass
-constexpr int GROUP_CHANNELS = 192;  // channels whose dB and dC are summed by one item
+constexpr int FORWARD_CHANNELS = 64;   // channels of one forward item
+constexpr int BACKWARD_CHANNELS = 192;  // of one backward item, which sums their dB and dC
 constexpr float SAFE_EXPONENT = 125.0f;
 
 }  // namespace
@@ -56,6 +57,12 @@ struct Chunk {
   int64_t token(int64_t i) const { return first + i * step; }
 };
 
+// Rows are far apart, so the hardware does not foresee the next one. Asking for the rows of the next
+// chunk while this one is computed hides the memory; an address past the end does no harm.
+INLINE void prefetch(const Rows& r, int64_t b, int64_t t, int64_t c) {
+  __builtin_prefetch(r.data + b * r.batch_stride + t * r.row_stride + c);
+}
+
 int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
 // Column of A for W channels, times log2(e), as N vectors; returns a bound on |A|.
@@ -78,6 +85,8 @@ struct Inputs {
   bool fill(const Scan& s, const Direction& d, int64_t b, int64_t c, int lanes, const Chunk& k, vf bound) {
     vf bias = d.dt_bias ? load(d.dt_bias + c, lanes) : vf{}, largest{};
     for (int64_t i = 0; i < k.count; ++i) {
+      prefetch(d.x, b, k.token(i + CHUNK), c);
+      prefetch(d.dt, b, k.token(i + CHUNK), c);
       x[i] = load(d.x.at(b, k.token(i)) + c, lanes);
       vf v = load(d.dt.at(b, k.token(i)) + c, lanes) + bias;
       delta[i] = s.softplus ? softplus(v) : v;
@@ -122,47 +131,47 @@ INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, const Inputs& in,
 
 constexpr int FORWARD_BLOCK = W == 16 ? 16 : 4;  // states in registers: 32 or 16 vector registers
 
-// One direction over the whole sequence for W channels; the result is handed over chunk by chunk.
-template <class Emit>
-void scan_forward(const Scan& s, const Direction& d, int64_t b, int64_t c, int lanes, vf* A, vf* h, const Emit& emit) {
-  vf bound = load_A(s, d, c, lanes, A);
-  vf skip = d.D ? load(d.D + c, lanes) : vf{};
-  std::fill(h, h + s.state, vf{});
-  int64_t chunks = chunk_count(s.length);
-  for (int64_t j = 0; j < chunks; ++j) {
-    Chunk k(s.length, d.reverse, j);
-    if (d.states)
-      for (int64_t n = 0; n < s.state; ++n)
-        store(d.states + ((b * chunks + j) * s.state + n) * s.channels + c, h[n], lanes);
-    Inputs in;
-    bool fast = in.fill(s, d, b, c, lanes, k, bound);
-    vf y[CHUNK];
-    for (int64_t i = 0; i < k.count; ++i) y[i] = d.D ? skip * in.x[i] : vf{};
-    const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
-    int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step, n = 0;
-    n = forward_blocks<FORWARD_BLOCK>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
-    n = forward_blocks<4>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
-    forward_blocks<1>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
-    emit(k, y);
+// One chunk of direction e for W channels: adds y to the output, and after the last direction gates it.
+void forward_chunk(const Scan& s, int64_t e, int64_t b, int64_t c, int lanes, const Chunk& k, vf bound, const vf* A,
+                   vf* h) {
+  const Direction& d = s.direction[e];
+  if (d.states)
+    for (int64_t n = 0; n < s.state; ++n)
+      store(d.states + ((b * chunk_count(s.length) + k.index) * s.state + n) * s.channels + c, h[n], lanes);
+  Inputs in;
+  bool fast = in.fill(s, d, b, c, lanes, k, bound);
+  vf y[CHUNK], skip = d.D ? load(d.D + c, lanes) : vf{};
+  for (int64_t i = 0; i < k.count; ++i) y[i] = d.D ? skip * in.x[i] : vf{};
+  const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
+  int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step, n = 0;
+  n = forward_blocks<FORWARD_BLOCK>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
+  n = forward_blocks<4>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
+  forward_blocks<1>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
+
+  bool last = e == s.directions - 1;
+  for (int64_t i = 0; i < k.count; ++i) {
+    int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c;
+    vf v = e == 0 ? y[i] : y[i] + load(s.out + at, lanes);
+    if (last && s.pregate) store(s.pregate + at, v, lanes);
+    if (last && s.z.data) v *= silu(load(s.z.at(b, t) + c, lanes)).value;
+    store(s.out + at, v, lanes);
   }
 }
 
-void forward_item(const Scan& s, int64_t b, int64_t c) {
-  int lanes = std::min<int64_t>(W, s.channels - c);
-  auto A = allocate<vf>(2 * s.state);
-  float* out = s.out + b * s.length * s.channels + c;
-  float* pregate = s.pregate ? s.pregate + (out - s.out) : nullptr;
+// One batch row and the channels [c0, c1): chunk after chunk, inside them the channels.
+void forward_item(const Scan& s, int64_t b, int64_t c0, int64_t c1) {
+  int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W;
+  auto memory = allocate<vf>(vectors * (2 * N + 1));
+  vf *A = memory.get(), *h = A + vectors * N, *bound = h + vectors * N;
+  auto lanes = [&](int64_t j) { return (int)std::min<int64_t>(W, c1 - c0 - j * W); };
   for (int64_t e = 0; e < s.directions; ++e) {
-    bool first = e == 0, last = e == s.directions - 1;
-    scan_forward(s, s.direction[e], b, c, lanes, A.get(), A.get() + s.state, [&](const Chunk& k, const vf* y) {
-      for (int64_t i = 0; i < k.count; ++i) {
-        int64_t at = k.token(i) * s.channels;
-        vf v = first ? y[i] : y[i] + load(out + at, lanes);
-        if (last && pregate) store(pregate + at, v, lanes);
-        if (last && s.z.data) v *= silu(load(s.z.at(b, k.token(i)) + c, lanes)).value;
-        store(out + at, v, lanes);
-      }
-    });
+    for (int64_t j = 0; j < vectors; ++j) bound[j] = load_A(s, s.direction[e], c0 + j * W, lanes(j), A + j * N);
+    std::fill(h, h + vectors * N, vf{});
+    for (int64_t chunk = 0; chunk < chunk_count(s.length); ++chunk) {
+      Chunk k(s.length, s.direction[e].reverse, chunk);
+      for (int64_t j = 0; j < vectors; ++j)
+        forward_chunk(s, e, b, c0 + j * W, lanes(j), k, bound[j], A + j * N, h + j * N);
+    }
   }
 }
 
@@ -344,14 +353,16 @@ int64_t dis_ssm_scan_chunks(int64_t length) { return chunk_count(length); }
 
 // Both return 0, or 1 if memory ran out.
 int dis_ssm_scan_forward(const Scan* s, int threads) {
-  int64_t vectors = (s->channels + W - 1) / W;
-  return !parallel(s->batch * vectors, threads,
-                   [&](int64_t i) { forward_item(*s, i / vectors, i % vectors * W); });
+  int64_t tiles = (s->channels + FORWARD_CHANNELS - 1) / FORWARD_CHANNELS;
+  return !parallel(s->batch * tiles, threads, [&](int64_t i) {
+    int64_t c = i % tiles * FORWARD_CHANNELS;
+    forward_item(*s, i / tiles, c, std::min(c + FORWARD_CHANNELS, s->channels));
+  });
 }
 
 int dis_ssm_scan_backward(const Scan* s, int threads) try {
-  int64_t groups = (s->channels + GROUP_CHANNELS - 1) / GROUP_CHANNELS;
-  auto end = [&](int64_t g) { return std::min((g + 1) * GROUP_CHANNELS, s->channels); };
+  int64_t groups = (s->channels + BACKWARD_CHANNELS - 1) / BACKWARD_CHANNELS;
+  auto end = [&](int64_t g) { return std::min((g + 1) * BACKWARD_CHANNELS, s->channels); };
   Partials partials[2];
   for (int64_t e = 0; e < s->directions; ++e) {
     int64_t tokens = s->batch * groups * s->length * s->state, rows = s->batch * s->channels;
@@ -360,12 +371,12 @@ int dis_ssm_scan_backward(const Scan* s, int threads) try {
   }
   bool ok = parallel(s->batch * groups * s->directions, threads, [&](int64_t i) {
     int64_t e = i % s->directions, g = i / s->directions % groups, b = i / s->directions / groups;
-    backward_item(*s, s->direction[e], partials[e], e == 0, b, g, groups, g * GROUP_CHANNELS, end(g));
+    backward_item(*s, s->direction[e], partials[e], e == 0, b, g, groups, g * BACKWARD_CHANNELS, end(g));
   });
   for (int64_t e = 0; ok && e < s->directions; ++e) {
     const Direction& d = s->direction[e];
     parallel(s->batch, threads, [&](int64_t b) { sum_groups(*s, d, partials[e], b, groups); });
-    parallel(groups, threads, [&](int64_t g) { sum_batch(*s, d, partials[e], g * GROUP_CHANNELS, end(g)); });
+    parallel(groups, threads, [&](int64_t g) { sum_batch(*s, d, partials[e], g * BACKWARD_CHANNELS, end(g)); });
   }
   return !ok;
 } catch (const std::bad_alloc&) {
