@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import Config, build_model, from_dict, to_dict
-from .model import DiS
-from .version import __version__
+from dis_ssm.config import Config, build_model, from_dict, to_dict
+from dis_ssm.model import DiS
+from dis_ssm.version import __version__
 
 FORMAT = 1
 STATE, COMPLETE = "state.json", "COMPLETE"
@@ -150,20 +150,28 @@ def load_model(
     `weights` is "ema" or "model" (as trained); the model is in eval mode. Raises ValueError, and
     CheckpointError naming the file or tensor, when it is damaged or does not fit.
     """
-    path = Path(path)
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    if (path / STATE).is_file() or (path / COMPLETE).is_file():
-        folder = path
-    elif complete := complete_checkpoints(path):
-        folder = complete[-1]
-    else:
-        raise ValueError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
+    _, folder = locate(path)
     state = read_state(folder)
     config = from_dict(state["config"])
     model = build_model(config)
     load_weights(model, read_part(folder, state, weights), folder / f"{weights}.safetensors")
     return model.to(device or "cpu").eval(), config
+
+
+def locate(path: str | Path) -> tuple[Path, Path]:
+    """(RUN, checkpoint folder) of a run, whose newest complete one it is, or of a checkpoint.
+
+    Raises ValueError where there is neither.
+    """
+    path = Path(path)
+    if (path / STATE).is_file() or (path / COMPLETE).is_file():
+        folder = path.resolve()
+        return (folder.parents[1] if folder.parent.name == "checkpoints" else folder), path
+    if complete := complete_checkpoints(path):
+        return path, complete[-1]
+    raise ValueError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from .checkpoint import load_model
-from .config import Config, build_diffusion, check_guidance, load_config, named_configs
+from dis_ssm.checkpoint import load_model, locate
+from dis_ssm.config import Config, build_diffusion, check_guidance, load_config, named_configs
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -57,8 +57,8 @@ def train_command(base: Config) -> Callable[..., int]:
         Args:
             dry_run: print the resolved config and its sizes, write nothing.
         """
-        from .train import describe
-        from .train import train as run_training
+        from dis_ssm.train import describe
+        from dis_ssm.train import train as run_training
 
         if dry_run:
             print(describe(config))
@@ -102,8 +102,14 @@ def sample(
         weights: averaged (ema) or as trained.
         out: a .png grid or .npz arrays; by default a grid in the run's samples folder.
     """
-    from .images import VISIBLE_CHANNELS, check_format, draw_images, label_columns, save_images
-    from .train import pick_device
+    from dis_ssm.images import (
+        VISIBLE_CHANNELS,
+        check_format,
+        draw_images,
+        label_columns,
+        save_images,
+    )
+    from dis_ssm.train import pick_device
 
     if out:
         check_format(out)
@@ -125,7 +131,7 @@ def sample(
     images = draw_images(
         model, build_diffusion(config), shape, num, labels, settings, progress=True
     )
-    folder = run.resolve().parents[1] if run.resolve().parent.name == "checkpoints" else run
+    folder, _ = locate(run)
     name = f"{settings.sampler}-{settings.steps}-cfg-{settings.cfg_scale:g}-seed-{settings.seed}"
     out = out or folder / "samples" / f"{name}.png"
     save_images(images, labels, out, columns)
@@ -168,7 +174,7 @@ def evaluate(
         bound_terms: timesteps each of them is evaluated at, even; 0 skips the bound.
         keep: write the samples to RUN/samples.npz.
     """
-    from .evaluate import evaluate_run, format_scores
+    from dis_ssm.evaluate import evaluate_run, format_scores
 
     scores = evaluate_run(
         run,
@@ -189,7 +195,7 @@ def evaluate(
 
 def info() -> int:
     """Say which kernels run here, and why."""
-    from .ops import backend_report
+    from dis_ssm.ops import backend_report
 
     print("\n".join(backend_report()))
     return 0
@@ -208,7 +214,7 @@ def convert(
         run: the folder to write.
         input_size: height and width; a square is assumed.
     """
-    from .convert import convert_file
+    from dis_ssm.convert import convert_file
 
     convert_file(source, run, input_size=input_size)
     print(run)

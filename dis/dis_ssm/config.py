@@ -14,12 +14,11 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from .diffusion import Diffusion
-from .model import DiS, create_model
+from dis_ssm.diffusion import Diffusion
+from dis_ssm.model import DiS, create_model
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
@@ -171,10 +170,9 @@ FREE_ON_RESUME = frozenset(
 
 
 def named_configs() -> dict[str, Path]:
-    """Configurations that came with the package (or its repository), by name."""
-    here = Path(str(resources.files(__package__)))
-    folders = (here / "configs", here.parents[1] / "experiments" / "configs")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+    """The configurations that come with the package (experiments/configs), by name."""
+    folder = Path(__file__).parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
 def load_config(source: str | Path) -> Config:

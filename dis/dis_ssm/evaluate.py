@@ -9,7 +9,6 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 
 import contextlib
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,13 +19,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoint import complete_checkpoints, load_model, read_state, versions, write_json
-from .config import build_diffusion, check_guidance
-from .data import ImageDataset, epoch_order, open_dataset
-from .diffusion import Diffusion
-from .images import draw_images, label_columns, to_model_space
-from .metrics import class_accuracy, frechet_of_features, pixel_features, require_scikit_learn
-from .sampling import image_generators
+from dis_ssm.checkpoint import load_model, locate, read_state, versions, write_json
+from dis_ssm.config import build_diffusion, check_guidance
+from dis_ssm.data import ImageDataset, epoch_order, open_dataset
+from dis_ssm.diffusion import Diffusion
+from dis_ssm.images import draw_images, label_columns, save_images, to_model_space
+from dis_ssm.metrics import (
+    class_accuracy,
+    frechet_of_features,
+    pixel_features,
+    require_scikit_learn,
+)
+from dis_ssm.sampling import image_generators
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
 
@@ -69,7 +73,7 @@ def evaluate_run(
         )
     started = time.perf_counter()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run, checkpoint = _locate(Path(run))
+    run, checkpoint = locate(run)
     model, config = load_model(checkpoint, weights="ema", device=device)
     chosen = {
         "steps": steps,
@@ -96,7 +100,7 @@ def evaluate_run(
     with _watched(model, passes, "sample", progress):
         samples = draw_images(model, diffusion, shape, num, labels, settings)
     if keep:
-        _write_samples(run / "samples.npz", samples, labels)
+        save_images(samples, labels, run / "samples.npz")
     scores = score_samples(samples, labels, train, heldout)
     if bound_terms:
         scores |= bits_per_dim(
@@ -296,22 +300,6 @@ def _watched(model: nn.Module, passes: int, name: str, progress: bool) -> Iterat
             hook.remove()
 
 
-def _locate(path: Path) -> tuple[Path, Path]:
-    """(RUN, checkpoint folder) of a run or of one of its checkpoints."""
-    if complete := complete_checkpoints(path):
-        return path, complete[-1]
-    return (path.parents[1] if path.parent.name == "checkpoints" else path), path
-
-
 def _subset(dataset: ImageDataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A fixed random choice of n images: the same for every run and seed."""
     return dataset.batch(epoch_order(len(dataset), seed=0, epoch=0)[:n])
-
-
-def _write_samples(path: Path, samples: torch.Tensor, labels: torch.Tensor | None) -> None:
-    arrays = [samples.permute(0, 2, 3, 1).contiguous().numpy()]
-    if labels is not None:
-        arrays.append(labels.numpy())
-    draft = path.with_suffix(".draft.npz")
-    np.savez_compressed(draft, *arrays)
-    os.replace(draft, path)

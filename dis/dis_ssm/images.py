@@ -4,6 +4,7 @@ Images are (n, C, H, W); model space is float32 in [-1, 1].
 """
 
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import SampleConfig
-from .diffusion import Diffusion
-from .sampling import image_generators, image_noise, sample
+from dis_ssm.config import SampleConfig
+from dis_ssm.diffusion import Diffusion
+from dis_ssm.sampling import image_generators, image_noise, sample
 
 HALF_RANGE = 127.5  # of uint8
 GAP = 2  # pixels between the cells of a grid
@@ -116,13 +117,15 @@ def check_format(path: Path) -> None:
         raise ValueError(f"cannot write {path}: give a name that ends in {' or '.join(FORMATS)}")
 
 
-def save_images(images: Tensor, labels: Tensor | None, path: Path, columns: int) -> None:
+def save_images(images: Tensor, labels: Tensor | None, path: Path, columns: int = 1) -> None:
     """Write uint8 images as a grid (.png) or as ADM's arrays (.npz): arr_0 (n, H, W, C), arr_1 the
-    labels. The folder is made if need be."""
+    labels. The folder is made if need be; a reader sees a whole file or none."""
     check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".draft-{path.name}")
     if path.suffix == ".npz":
-        arrays = [images.permute(0, 2, 3, 1)] + ([] if labels is None else [labels])
-        np.savez_compressed(path, *(array.numpy() for array in arrays))
+        arrays = [images.permute(0, 2, 3, 1).contiguous()] + ([] if labels is None else [labels])
+        np.savez_compressed(draft, *(array.numpy() for array in arrays))
     else:
-        make_grid(images, columns).save(path)
+        make_grid(images, columns).save(draft)
+    os.replace(draft, path)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .checkpoint import DRAFT
-from .images import make_grid
+from dis_ssm.checkpoint import DRAFT
+from dis_ssm.images import make_grid
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .diffusion import Diffusion, Generators, Model, check_condition, draw, working_dtype
+from dis_ssm.diffusion import Diffusion, Generators, Model, check_condition, draw, working_dtype
 
 SAMPLERS = ("ddpm", "ddim")
 DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import (
+from dis_ssm.checkpoint import (
     check_tensors,
     clean_drafts,
     load_optimizer,
@@ -32,7 +32,7 @@ from .checkpoint import (
     versions,
     write_json,
 )
-from .config import (
+from dis_ssm.config import (
     Config,
     TrainConfig,
     build_diffusion,
@@ -43,10 +43,10 @@ from .config import (
     to_dict,
     to_toml,
 )
-from .data import ImageDataset, batch_indices, open_dataset
-from .ema import EMA
-from .images import draw_images, label_columns, to_model_space
-from .runs import RunLog, StopSignal, exclusive
+from dis_ssm.data import ImageDataset, batch_indices, open_dataset
+from dis_ssm.ema import EMA
+from dis_ssm.images import draw_images, label_columns, to_model_space
+from dis_ssm.runs import RunLog, StopSignal, exclusive
 
 PARTS = ("model", "ema", "optimizer")
 
