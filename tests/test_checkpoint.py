@@ -19,6 +19,7 @@ from dis_ssm.checkpoint import (
     load_model,
     load_optimizer,
     load_weights,
+    locate,
     newest_intact,
     optimizer_tensors,
     save_checkpoint,
@@ -294,3 +295,29 @@ def test_groups_survive_in_an_optimizer_without_any_update(tmp_path, model):
     load_optimizer(optimizer, model, parts["optimizer"], "here")
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     assert not optimizer.state
+
+
+def test_the_one_just_written_outlives_a_damaged_later_one(tmp_path, model):
+    for step in (2, 4, 6):
+        save(tmp_path, model, step)
+    truncate(tmp_path / "checkpoints" / "00000006" / "model.safetensors")
+    save(tmp_path, model, 5, keep=1)
+    assert names(tmp_path) == ["00000005"]
+    assert load_model(tmp_path)[0] is not None
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b""])
+def test_a_marker_of_any_bytes_is_damage(tmp_path, model, content):
+    save(tmp_path, model, 2)
+    (save(tmp_path, model, 4) / "COMPLETE").write_bytes(content)
+    with pytest.warns(UserWarning, match="altered"):
+        folder, _, _ = newest_intact(tmp_path, PARTS)
+    assert folder.name == "00000002"
+
+
+def test_locate_finds_the_run_of_a_checkpoint(tmp_path, model, monkeypatch):
+    folder = save(tmp_path, model, 2)
+    assert locate(tmp_path) == (tmp_path, folder)
+    assert locate(folder) == (tmp_path, folder)
+    monkeypatch.chdir(folder.parent)
+    assert locate(folder.name)[0] == tmp_path

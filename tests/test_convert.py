@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from dis_ssm import DiS
+from dis_ssm.checkpoint import load_model
+from dis_ssm.cli import main
 from dis_ssm.convert import from_released
 
 N = 16
@@ -335,3 +337,20 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"this is not a checkpoint")
     with pytest.raises(ValueError, match=r"damaged\.pt"):
         from_released(tmp_path / "damaged.pt")
+
+
+def test_convert_command_writes_a_run_that_samples(tmp_path, capsys):
+    state = released_state(channels=3, classes=5)
+    torch.save({"ema": state, "args": argparse.Namespace(cfg=1.5)}, tmp_path / "released.pt")
+    run = tmp_path / "run"
+    assert main(["convert", str(tmp_path / "released.pt"), str(run)]) == 0
+    loaded, _ = load_model(run)
+    own = from_released(state).eval()
+    x, t, y = torch.randn(2, 3, *loaded.input_size), torch.tensor([3, 900]), torch.tensor([0, 5])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t, y), own(x, t, y))
+    out = tmp_path / "samples.npz"
+    arguments = ["sample", str(run), "--num", "5", "--steps", "2", "--out", str(out)]
+    assert main(arguments) == 0 and out.is_file()
+    assert main(["convert", str(tmp_path / "released.pt"), str(run)]) == 2
+    assert "already holds checkpoints" in capsys.readouterr().err

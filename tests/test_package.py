@@ -97,7 +97,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a copy, so that the build leaves nothing in the checkout
     source.mkdir()
-    kept = "dis kernels pyproject.toml setup.py README.md LICENSE MANIFEST.in".split()
+    kept = "dis kernels experiments pyproject.toml setup.py README.md LICENSE MANIFEST.in".split()
     kept = [name for name in kept if (ROOT / name).exists()]
     subprocess.run(["cp", "-a", *kept, str(source)], cwd=ROOT, check=True)
     command = "pip wheel --no-build-isolation --no-deps --no-index -q -w".split()
@@ -121,7 +121,9 @@ def test_wheel_carries_modules_and_native_sources(wheel):
         if p.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh", ".inc")
     }
     assert sources and any(name.endswith(".cpp") for name in sources)
-    missing = {n for n in modules | sources if "__pycache__" not in n} - names
+    configs = {f"dis_ssm/configs/{p.name}" for p in (ROOT / "experiments/configs").glob("*.toml")}
+    assert configs
+    missing = {n for n in modules | sources | configs if "__pycache__" not in n} - names
     assert not missing
     assert not {n for n in names if n.endswith((".so", ".o", ".pyc", ".dylib"))}
 

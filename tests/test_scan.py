@@ -384,3 +384,37 @@ def test_every_mix_of_dtypes_follows_x(backend, run, assert_close, scan_inputs):
         for name, grad in grads.items():
             assert grad.dtype == mixed[name].dtype
             assert_close(grad, grads_true[name], 0.02, f"d{name}")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_large_step_before_a_non_finite_one_is_still_exact(native, bad):
+    # the bound that allows the fast exponential must not forget the large step
+    x = torch.ones(1, 8, 3, requires_grad=True)
+    dt, A, B = torch.full((1, 8, 3), 0.1), -torch.ones(3, 16), torch.ones(1, 8, 16)
+    dt[:, 1], dt[:, 5] = 270.0, bad
+    outputs, gradients = [], []
+    for backend in (native, "reference"):
+        y = selective_scan(x, dt, A, B, B, dt_softplus=False, backend=backend)[:, :5]
+        outputs.append(y)
+        gradients += torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_a_nan_in_A_is_a_nan_whatever_its_payload(native):
+    A = torch.full((2, 16), -1.0)
+    A[1, 3] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    ones, B = torch.ones(1, 4, 2), torch.ones(1, 4, 16)
+    y = selective_scan(ones, ones, A, B, B, backend=native)
+    assert y[..., 0].isfinite().all() and y[..., 1].isnan().all()
+
+
+def test_many_channel_tiles_on_three_threads(native, scan_inputs):
+    inputs = scan_inputs(2, 40, 200, 16, dtype=torch.float32)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+        y = selective_scan(**leaves, backend=native)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves.values())])
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))

@@ -25,6 +25,7 @@ from dis_ssm.config import (
     SampleConfig,
     TrainConfig,
     build_diffusion,
+    pick_device,
     to_toml,
 )
 from dis_ssm.data import open_dataset
@@ -502,4 +503,4 @@ def test_unconditional_training_ignores_labels(tmp_path):
 
 def test_unusable_devices_are_named():
     with pytest.raises(ValueError, match="'gpu0' cannot be used"):
-        training.pick_device("gpu0")
+        pick_device("gpu0")

@@ -49,7 +49,8 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/checkpoints/STEP with one file per part, then remove all but the newest `keep`.
 
-    Raises OSError or CheckpointError when it cannot be written; nothing older is touched then.
+    Later steps, which resuming refused as damaged, are removed too. Raises OSError or
+    CheckpointError when it cannot be written; nothing older is touched then.
     """
     folder = run / "checkpoints" / f"{step:08d}"
     draft = folder.with_name(DRAFT + folder.name)
@@ -71,6 +72,9 @@ def save_checkpoint(
         _rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    steps = _step_folders(run)
+    for abandoned in steps[steps.index(folder) + 1 :]:
+        shutil.rmtree(abandoned)
     for old in complete_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -98,7 +102,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is incomplete: {COMPLETE} is missing")
     if not (folder / STATE).is_file():
         raise CheckpointError(f"{folder / STATE} is missing")
-    if _sha256(folder / STATE) != (folder / COMPLETE).read_text().strip():
+    if _sha256(folder / STATE).encode() != (folder / COMPLETE).read_bytes().strip():
         raise CheckpointError(f"{folder / STATE} was cut short or altered: its SHA-256 is wrong")
     state = json.loads((folder / STATE).read_text())
     if state["format"] != FORMAT:
@@ -262,6 +266,8 @@ def _rename(draft: Path, folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # neither folders nor files opened for reading can be flushed there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,5 @@
 """dis-ssm train | sample | evaluate | info | convert"""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -13,7 +12,15 @@ import tyro
 from tyro.conf import Positional
 
 from dis_ssm.checkpoint import load_model, locate
-from dis_ssm.config import Config, build_diffusion, check_guidance, load_config, named_configs
+from dis_ssm.config import (
+    Config,
+    build_diffusion,
+    load_config,
+    named_configs,
+    pick_device,
+    sample_settings,
+)
+from dis_ssm.ops.native import BackendError
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -39,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, BackendError) as error:
         print("dis-ssm: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -82,6 +89,8 @@ def sample(
     per_class: int | None = None,
     classes: tuple[int, ...] = (),
     cfg_scale: float | None = None,
+    cfg_channels: int | None = None,
+    cfg_interval: tuple[float, float] | None = None,
     steps: int | None = None,
     sampler: Literal["ddpm", "ddim"] | None = None,
     eta: float | None = None,
@@ -91,14 +100,16 @@ def sample(
     device: str | None = None,
     out: Path | None = None,
 ) -> int:
-    """Draw images from a trained model, one class a column; image i depends on (seed, i) alone.
+    """Draw images from a trained model, one class a column; image i depends on (seed, i, class).
 
     Args:
         run: a run folder, or one of its checkpoints.
         num: how many images; 100 if neither this nor per-class is given.
         per_class: how many images of each class.
         classes: which classes; all if none is given.
-        cfg_scale: guidance, 1 for none; unset, like the next five, it is as the run's config says.
+        cfg_scale: guidance, 1 for none; unset, like the next seven, as the run's config says.
+        cfg_channels: guide the first so many channels only.
+        cfg_interval: guide between these timesteps only.
         weights: averaged (ema) or as trained.
         out: a .png grid or .npz arrays; by default a grid in the run's samples folder.
     """
@@ -109,18 +120,24 @@ def sample(
         label_columns,
         save_images,
     )
-    from dis_ssm.train import pick_device
 
     if out:
         check_format(out)
     model, config = load_model(run, weights=weights, device=pick_device(device))
     if config.model.in_channels not in VISIBLE_CHANNELS:
-        raise ValueError(f"{run} draws latents of {config.model.in_channels} channels, not images")
-    named = {"cfg_scale": cfg_scale, "steps": steps, "sampler": sampler}
-    named |= {"eta": eta, "seed": seed, "batch_size": batch_size}
-    given = {name: value for name, value in named.items() if value is not None}
-    settings = dataclasses.replace(config.sample, **given)
-    check_guidance(config, settings.cfg_scale)
+        channels = config.model.in_channels
+        raise ValueError(f"{run} draws latents of {channels} channels; showing them needs a VAE")
+    settings = sample_settings(
+        config,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        cfg_interval=cfg_interval,
+        steps=steps,
+        sampler=sampler,
+        eta=eta,
+        seed=seed,
+        batch_size=batch_size,
+    )
     known = range(config.model.num_classes)
     if unknown := [label for label in classes if label not in known]:
         raise ValueError(f"class {unknown[0]} is not one of the model's {len(known)} classes")

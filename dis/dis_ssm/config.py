@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dis_ssm.diffusion import Diffusion
 from dis_ssm.model import DiS, create_model
 
@@ -137,6 +139,7 @@ class SampleConfig:
     steps: int = 50
     eta: float = 0.0
     cfg_scale: float = 1.0  # 1: no guidance
+    cfg_channels: int | None = None  # guide the first so many channels; None: all
     cfg_interval: tuple[float, float] | None = None  # guide in these timesteps only
     clip_denoised: bool = False  # clip the predicted image to [-1, 1] at every step
     seed: int = 0
@@ -147,6 +150,9 @@ class SampleConfig:
         for name in ("every", "eta", "seed"):
             _check(self, getattr(self, name) >= 0, name, "must be 0 or more")
         _check(self, not self.eta or self.sampler == "ddim", "eta", "only ddim has one, set 0")
+        _check(self, self.eta <= 1, "eta", "must be at most 1")
+        low, high = self.cfg_interval or (0, 0)
+        _check(self, low <= high, "cfg_interval", "must be (low, high)")
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,14 @@ def resolve(config: Config, *, channels: int, height: int, width: int, num_class
     return config
 
 
+def sample_settings(config: Config, **flags: Any) -> SampleConfig:
+    """The [sample] section under those flags that are not None; ValueError if they do not fit."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = dataclasses.replace(config.sample, **given)
+    check_guidance(config, settings.cfg_scale)
+    return settings
+
+
 def check_guidance(config: Config, cfg_scale: float) -> None:
     """ValueError when guidance is asked of a model that never saw the null class."""
     model = config.model
@@ -269,6 +283,16 @@ def check_guidance(config: Config, cfg_scale: float) -> None:
             f"cfg_scale {cfg_scale} needs classes and class_dropout_prob > 0, this model has "
             f"{model.num_classes} and {model.class_dropout_prob}: use cfg_scale 1"
         )
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or cuda if there is one, else cpu. ValueError when it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
 
 
 def build_model(config: Config) -> DiS:

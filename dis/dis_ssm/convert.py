@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dis_ssm.checkpoint import complete_checkpoints, save_checkpoint
-from dis_ssm.config import Config, DiffusionConfig, ModelConfig
+from dis_ssm.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from dis_ssm.model import DiS
 
 _TOP = {  # ours -> released, outside the blocks; other names are the same
@@ -71,7 +71,7 @@ def from_released(
 def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
     """Writes :func:`from_released`'s model as the EMA of a run folder; returns the checkpoint.
 
-    The diffusion is the released one: linear, epsilon, 1000 steps.
+    The diffusion is the released one (linear, epsilon); the data it was trained on are not known.
 
     Raises:
         ValueError: what :func:`from_released` raises, or ``run`` already holds checkpoints.
@@ -84,6 +84,7 @@ def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
     config = Config(
         out=run,
         model=ModelConfig(**sizes),
+        data=DataConfig(source="unknown"),
         diffusion=DiffusionConfig(learn_sigma=model.learn_sigma),
     )
     return save_checkpoint(run, 0, {"ema": model.state_dict()}, config, {}, keep=1)
@@ -92,9 +93,9 @@ def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no checkpoint file at {path}")
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in any way it likes

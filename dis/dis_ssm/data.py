@@ -36,6 +36,7 @@ SPLITS = ("train", "heldout")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 IDX_PREFIX = {"train": "train", "heldout": "t10k"}
 NO_LABEL = -1
+DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # as Pillow reports it
 
 
 def open_dataset(
@@ -173,7 +174,7 @@ class FolderDataset(ImageDataset):
                 if image.mode.startswith(("I", "F")):
                     raise ValueError(f"mode {image.mode} is more than 8 bits a channel")
                 return np.array(center_crop(image.convert("RGB"), self.image_size))
-        except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        except (*DAMAGED, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read image {path}: {error}") from error
 
 

@@ -63,7 +63,8 @@ class VariationalBound:
     """-log p(x0) ≤ total = prior + Σ_t L_{t-1} + decoder, in bits per dimension, one row per image.
 
     `timesteps` (n, B) are the t ≥ 1 that were evaluated and `terms` (n, B) their L_{t-1}.
-    `standard_error` (B,) is that of `total`; 0 for the whole bound, where every term is evaluated.
+    `standard_error` (B,) is that of Σ_t L_{t-1} under the choice of timesteps and their noise; 0
+    for the whole bound, where no timestep is chosen. The noise of L_0 is not in it.
     """
 
     total: Tensor

@@ -8,7 +8,6 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 """
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dis_ssm.checkpoint import load_model, locate, read_state, versions, write_json
-from dis_ssm.config import build_diffusion, check_guidance
+from dis_ssm.config import build_diffusion, pick_device, sample_settings
 from dis_ssm.data import ImageDataset, epoch_order, open_dataset
 from dis_ssm.diffusion import Diffusion
 from dis_ssm.images import draw_images, label_columns, save_images, to_model_space
@@ -46,7 +45,7 @@ def evaluate_run(
     batch_size: int | None = None,
     bound_images: int = 256,
     bound_terms: int = 32,
-    device: str | torch.device | None = None,
+    device: str | None = None,
     keep: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -72,19 +71,18 @@ def evaluate_run(
             f"terms (0: no bound) and at least one image"
         )
     started = time.perf_counter()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     run, checkpoint = locate(run)
     model, config = load_model(checkpoint, weights="ema", device=device)
-    chosen = {
-        "steps": steps,
-        "sampler": sampler,
-        "cfg_scale": cfg_scale,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    settings = dataclasses.replace(config.sample, num=num, **given)
-    check_guidance(config, settings.cfg_scale)
+    settings = sample_settings(
+        config,
+        num=num,
+        steps=steps,
+        sampler=sampler,
+        cfg_scale=cfg_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
     diffusion = build_diffusion(config)
     train, heldout = (
         open_dataset(config.data.source, split, config.data.image_size)

@@ -79,6 +79,7 @@ def draw_images(
                 sampler=settings.sampler,
                 eta=settings.eta,
                 cfg_scale=settings.cfg_scale,
+                cfg_channels=settings.cfg_channels,
                 cfg_interval=settings.cfg_interval,
                 null_class=None if labels is None else model.null_class,
                 generator=generators,

@@ -144,6 +144,11 @@ class DiS(nn.Module):
         self.config = config  # rebuilds this model: DiS(**config)
         height, width = (input_size,) * 2 if isinstance(input_size, int) else input_size
         _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning)
+        sizes = dict(in_channels=in_channels, hidden_size=hidden_size, d_state=d_state)
+        sizes |= dict(expand=expand, d_conv=d_conv, cond_dim=1 if cond_dim is None else cond_dim)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         for name, p in (("class_dropout_prob", class_dropout_prob), ("drop_path", drop_path)):
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {p}")
@@ -286,7 +291,7 @@ class DiS(nn.Module):
             return self.cond_embed(y.to(self.cond_embed.weight.dtype))
         if self.class_embed is None:
             return None
-        if self.training and self.class_dropout_prob > 0:
+        if self.training and self.has_null_class and self.class_dropout_prob > 0:
             drop = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
             y = torch.where(drop, self.null_class, y)
         return self.class_embed(y)

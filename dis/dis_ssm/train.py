@@ -39,6 +39,7 @@ from dis_ssm.config import (
     build_model,
     differences,
     from_dict,
+    pick_device,
     resolve,
     to_dict,
     to_toml,
@@ -278,16 +279,6 @@ def derive_seed(*key: str | int) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or cuda if there is one, else cpu. ValueError when it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-
-
 def _open(config: Config) -> tuple[Config, ImageDataset]:
     dataset = open_dataset(config.data.source, "train", config.data.image_size)
     shape = {name: getattr(dataset, name) for name in ("channels", "height", "width")}
@@ -337,14 +328,14 @@ def _train(trainer: Trainer, dataset: ImageDataset, stop: StopSignal, log: RunLo
                 line = log.write(trainer.step, epoch, rate, trainer.nonfinite, metrics)
                 bar.set_postfix({"loss": line["loss"]}, refresh=False)
             bar.update()
-            every = config.sample.every
-            if every and not stop.received and (done or trainer.step % every == 0):
-                log.images(trainer.step, *trainer.preview())
             diverged = trainer.nonfinite_in_a_row >= settings.max_nonfinite
             last = done or diverged or stop.received
             if last or trainer.step % settings.save_every == 0:
                 log.sync()
                 trainer.save(log.meter, len(dataset))
+            every = config.sample.every
+            if every and not stop.received and (done or trainer.step % every == 0):
+                log.images(trainer.step, *trainer.preview())
             if diverged:
                 raise FloatingPointError(
                     f"loss or gradient not finite in {trainer.nonfinite_in_a_row} steps in a row; "

@@ -128,7 +128,7 @@ int backward(const Conv& s, int threads) {
 
 extern "C" {
 
-// Both return 0, 1 if memory ran out, 2 if the width is not one of 1 ... 4.
+// Both return 0, 1 if memory ran out, 2 if the width is not one of 1 to 4.
 int dis_ssm_conv_forward(const Conv* s, int threads) {
   switch (s->width) {
     case 1: return forward<1>(*s, threads);

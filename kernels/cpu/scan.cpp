@@ -65,17 +65,17 @@ INLINE void prefetch(const Rows& r, int64_t b, int64_t t, int64_t c) {
 
 int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
-// Column of A for W channels, times log2(e), as N vectors; returns a bound on |A|.
+// Column of A for W channels, times log2(e), as N vectors; returns the largest |A|, NaN if one is not finite.
 vf load_A(const Scan& s, const Direction& d, int64_t c, int lanes, vf* A) {
-  vf bound{};
+  vf largest{}, zero{};
   for (int64_t n = 0; n < s.state; ++n) {
     vf v{};
     for (int i = 0; i < lanes; ++i) v[i] = d.A[(c + i) * s.state + n];
     A[n] = v * LOG2E;
-    vf a = abs(A[n]);
-    bound = a <= bound ? bound : a;  // keeps a NaN
+    largest = abs(A[n]) > largest ? abs(A[n]) : largest;
+    zero += A[n] - A[n];
   }
-  return bound;
+  return largest + zero;
 }
 
 // x, Delta and Delta * x of a chunk; returns whether every exponent is small enough for the fast exp2.
@@ -83,7 +83,8 @@ struct Inputs {
   vf x[CHUNK], delta[CHUNK], delta_x[CHUNK];
 
   bool fill(const Scan& s, const Direction& d, int64_t b, int64_t c, int lanes, const Chunk& k, vf bound) {
-    vf bias = d.dt_bias ? load(d.dt_bias + c, lanes) : vf{}, largest{};
+    vf bias = d.dt_bias ? load(d.dt_bias + c, lanes) : vf{};
+    vi small = ~vi{};
     for (int64_t i = 0; i < k.count; ++i) {
       prefetch(d.x, b, k.token(i + CHUNK), c);
       prefetch(d.dt, b, k.token(i + CHUNK), c);
@@ -91,10 +92,9 @@ struct Inputs {
       vf v = load(d.dt.at(b, k.token(i)) + c, lanes) + bias;
       delta[i] = s.softplus ? softplus(v) : v;
       delta_x[i] = delta[i] * x[i];
-      vf a = abs(delta[i]);
-      largest = a <= largest ? largest : a;
+      small &= abs(delta[i]) * bound < splat(SAFE_EXPONENT);  // not if NaN
     }
-    return all_below(largest * bound, SAFE_EXPONENT);
+    return all(small);
   }
 };
 
@@ -347,9 +347,15 @@ void sum_batch(const Scan& s, const Direction& d, const Partials& p, int64_t c0,
 
 extern "C" {
 
-int dis_ssm_lanes() { return W; }
+int64_t dis_ssm_chunk() { return CHUNK; }
 
-int64_t dis_ssm_scan_chunks(int64_t length) { return chunk_count(length); }
+int dis_ssm_has_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
 
 // Both return 0, or 1 if memory ran out.
 int dis_ssm_scan_forward(const Scan* s, int threads) {

@@ -38,11 +38,10 @@ INLINE void store(float* p, vf v, int n = W) {
 
 INLINE vf abs(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
-INLINE bool all_below(vf v, float bound) {  // false if any lane is NaN
-  vi ok = v < splat(bound);
-  bool all = true;
-  for (int i = 0; i < W; ++i) all &= ok[i] != 0;
-  return all;
+INLINE bool all(vi mask) {
+  bool result = true;
+  for (int i = 0; i < W; ++i) result &= mask[i] != 0;
+  return result;
 }
 
 INLINE float sum(vf v) {  // fixed order: halves, quarters, ...

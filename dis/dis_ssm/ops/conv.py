@@ -41,7 +41,7 @@ def causal_conv1d(
         RuntimeError: a forced backend that cannot run here.
     """
     _check(x, activation, weight=weight, bias=bias)
-    if select(backend, x, weight, bias, supported=_limit(weight)) == "reference":
+    if select(backend, x, weight, bias, unsupported=_limit(weight)) == "reference":
         return causal_conv1d_reference(x, weight, bias, activation, reverse)
     return conv_op(x, weight, bias, None, None, activation == "silu", reverse)[0]
 
@@ -62,7 +62,7 @@ def bidirectional_causal_conv1d(
     _check(x, activation, weight_f=weight_f, bias_f=bias_f)
     _check(x, activation, weight_b=weight_b, bias_b=bias_b)
     limit = _limit(weight_f, weight_b)
-    if select(backend, x, weight_f, weight_b, bias_f, bias_b, supported=limit) == "reference":
+    if select(backend, x, weight_f, weight_b, bias_f, bias_b, unsupported=limit) == "reference":
         y_f = causal_conv1d_reference(x, weight_f, bias_f, activation)
         return y_f, causal_conv1d_reference(x, weight_b, bias_b, activation, reverse=True)
     y_f, y_b = conv_op(x, weight_f, bias_f, weight_b, bias_b, activation == "silu", False)
@@ -154,7 +154,7 @@ def conv_backward_op(
     call.conv.dx = native.pointer(grads[0])
     for i, dy in enumerate((dy_f, dy_b)[: call.conv.directions]):
         direction = call.conv.direction[i]
-        direction.dy = native.rows(call.hold(_rows(dy)))
+        direction.dy = native.rows(call.hold(native.float_rows(dy)))
         direction.dweight = native.pointer(grads[1 + 2 * i])
         direction.dbias = native.pointer(grads[2 + 2 * i])
     native.run("conv_backward", call.conv)
@@ -187,11 +187,6 @@ def _backward(ctx, dys):
 conv_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _rows(x: Tensor) -> Tensor:
-    x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Call:
     """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
 
@@ -200,7 +195,7 @@ class _Call:
         directions = 1 if weights[1] is None else 2
         self.keep = []
         self.conv = native.Conv(batch, length, channels, weights[0].shape[1], directions, silu)
-        self.conv.x = native.rows(self.hold(_rows(x)))
+        self.conv.x = native.rows(self.hold(native.float_rows(x)))
         for i in range(directions):
             weight, bias = (
                 None if t is None else self.hold(t.float().contiguous())

@@ -35,7 +35,7 @@ ISA_FLAGS = {
 _DIGEST = hashlib.sha256().digest_size
 
 
-class Unavailable(RuntimeError):
+class BackendError(RuntimeError):
     """The native kernels cannot run here; the message says why and what would help."""
 
 
@@ -50,9 +50,13 @@ def instruction_set() -> str:
 
 
 def cache_dir() -> Path:
-    if folder := os.environ.get("DIS_SSM_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dis_ssm"
+    """Where compiled kernels are kept; a folder of this process's own where there is no home."""
+    try:
+        if folder := os.environ.get("DIS_SSM_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dis_ssm"
+    except RuntimeError:
+        return Path(_private_folder().name)
 
 
 def _compiler() -> list[str]:
@@ -61,7 +65,7 @@ def _compiler() -> list[str]:
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return [path]
-    raise Unavailable("no C++ compiler found; install g++ or clang++, or set CXX")
+    raise BackendError("no C++ compiler found; install g++ or clang++, or set CXX")
 
 
 def _compile(isa: str, target: Path) -> None:
@@ -76,12 +80,12 @@ def _compile(isa: str, target: Path) -> None:
             try:
                 result = subprocess.run(command, capture_output=True, text=True)
             except OSError as error:
-                raise Unavailable(f"cannot run the compiler {compiler[0]!r}: {error}") from None
+                raise BackendError(f"cannot run the compiler {compiler[0]!r}: {error}") from None
             if result.returncode == 0:
                 break
         else:
             reason = " / ".join(result.stderr.strip().splitlines()[-2:])
-            raise Unavailable(f"{compiler[0]} could not compile the CPU kernels: {reason}")
+            raise BackendError(f"{compiler[0]} could not compile the CPU kernels: {reason}")
         with open(name, "r+b") as file:
             digest = hashlib.sha256(file.read()).digest()
             file.write(digest)
@@ -103,10 +107,10 @@ def library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        Unavailable: there is no compiler, or it failed.
+        BackendError: there is no compiler, or it failed.
     """
     if platform.system() == "Windows":
-        raise Unavailable("the CPU kernels need GCC or Clang on Linux or macOS")
+        raise BackendError("the CPU kernels need GCC or Clang on Linux or macOS")
     isa = instruction_set()
     key = hashlib.sha256(" ".join([*FLAGS, *ISA_FLAGS[isa], platform.machine()]).encode())
     for path in sorted(SOURCES.iterdir()):
@@ -125,15 +129,17 @@ def library() -> ctypes.CDLL:
             )
             folder = Path(_private_folder().name)
         path = folder / name
-        _compile(isa, path)
+        try:
+            _compile(isa, path)
+        except OSError as error:
+            raise BackendError(f"cannot write the compiled kernels to {folder}: {error}") from None
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"cannot load {path}: {error}; delete it to rebuild") from None
+        raise BackendError(f"cannot load {path}: {error}; delete it to rebuild") from None
     for function in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
         getattr(lib, f"dis_ssm_{function}").argtypes = [ctypes.c_void_p, ctypes.c_int]
-    lib.dis_ssm_scan_chunks.argtypes = [ctypes.c_int64]
-    lib.dis_ssm_scan_chunks.restype = ctypes.c_int64
+    lib.dis_ssm_chunk.restype = ctypes.c_int64
     return lib
 
 
@@ -147,7 +153,7 @@ def why_not() -> str | None:
     """None if the native kernels run here, else the reason."""
     try:
         library()
-    except Unavailable as error:
+    except BackendError as error:
         return str(error)
     return None
 
@@ -156,15 +162,23 @@ def _after_fork() -> None:
     torch.set_num_threads(1)  # an OpenMP team does not survive a fork: a child would wait forever
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def run(function: str, arguments: ctypes.Structure) -> None:
     """Calls a kernel on ``torch.get_num_threads()`` threads (one in a forked child)."""
     kernel = getattr(library(), f"dis_ssm_{function}")
     code = kernel(ctypes.byref(arguments), torch.get_num_threads())
-    if code:
+    if code == 1:
         raise MemoryError(f"{function} ran out of memory")
+    assert code == 0, f"{function} returned {code}"
+
+
+def float_rows(x: Tensor) -> Tensor:
+    """x as float32 with unit stride along the last axis, copied only if it must be."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rows(x: Tensor | None) -> Rows:

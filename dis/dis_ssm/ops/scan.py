@@ -226,7 +226,7 @@ def scan_backward_op(
     """The gradients of :func:`scan_op`'s fifteen tensors, in order; empty where one was None."""
     inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
     call = _Call(inputs, dt_softplus, reverse, states)
-    dout, pregate = _rows(dout), pregate.contiguous()
+    dout, pregate = native.float_rows(dout), pregate.contiguous()
     grads = [None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in inputs]
     call.scan.dout = native.rows(dout)
     call.scan.pregate = native.pointer(pregate) if pregate.numel() else None
@@ -269,11 +269,6 @@ scan_op.register_autograd(_backward, setup_context=_setup_context)
 CHUNK = 32  # tokens between two kept states; scan.cpp's
 
 
-def _rows(x: Tensor) -> Tensor:
-    x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Call:
     """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
 
@@ -288,11 +283,11 @@ class _Call:
         for i in range(directions):
             x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
             self.scan.direction[i] = native.ScanDirection(
-                *(native.rows(self._hold(_rows(t))) for t in (x, dt, B, C)),
+                *(native.rows(self._hold(native.float_rows(t))) for t in (x, dt, B, C)),
                 *(native.pointer(self._hold(self._vector(t))) for t in (A, D, bias)),
                 reverse=(i == 1) != reverse,
             )
-        self.scan.z = native.rows(None if z is None else self._hold(_rows(z)))
+        self.scan.z = native.rows(None if z is None else self._hold(native.float_rows(z)))
         if states is not None:
             self._set_states(states)
 
@@ -308,7 +303,7 @@ class _Call:
         if not save:
             return torch.empty(0)
         s = self.scan
-        assert native.library().dis_ssm_scan_chunks(CHUNK + 1) == 2
+        assert native.library().dis_ssm_chunk() == CHUNK
         chunks = -(-s.length // CHUNK)
         states = torch.empty(s.directions, s.batch, chunks, s.state, s.channels)
         self._set_states(states)
