@@ -14,8 +14,7 @@
 namespace {
 
 constexpr int CHUNK = 32;           // tokens between two states kept for the backward pass
-constexpr int FORWARD_CHANNELS = 64;   // channels of one forward item
-constexpr int BACKWARD_CHANNELS = 192;  // of one backward item, which sums their dB and dC
+constexpr int ITEM_CHANNELS = 192;  // channels of one item, whose dB and dC it sums
 constexpr float SAFE_EXPONENT = 125.0f;
 
 }  // namespace
@@ -59,9 +58,11 @@ struct Chunk {
 
 // Rows are far apart, so the hardware does not foresee the next one. Asking for the rows of the next
 // chunk while this one is computed hides the memory; an address past the end does no harm.
-INLINE void prefetch(const Rows& r, int64_t b, int64_t t, int64_t c) {
-  __builtin_prefetch(r.data + b * r.batch_stride + t * r.row_stride + c);
+INLINE void prefetch_row(const float* p, int64_t vectors) {
+  for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(p + j * W);
 }
+
+INLINE float* offset(float* p, int64_t n) { return p ? p + n : nullptr; }
 
 int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
@@ -78,109 +79,119 @@ vf load_A(const Scan& s, const Direction& d, int64_t c, int lanes, vf* A) {
   return largest + zero;
 }
 
-// x, Delta and Delta * x of a chunk; returns whether every exponent is small enough for the fast exp2.
-struct Inputs {
-  vf x[CHUNK], delta[CHUNK], delta_x[CHUNK];
-
-  bool fill(const Scan& s, const Direction& d, int64_t b, int64_t c, int lanes, const Chunk& k, vf bound) {
-    vf bias = d.dt_bias ? load(d.dt_bias + c, lanes) : vf{};
-    vi small = ~vi{};
-    for (int64_t i = 0; i < k.count; ++i) {
-      prefetch(d.x, b, k.token(i + CHUNK), c);
-      prefetch(d.dt, b, k.token(i + CHUNK), c);
-      x[i] = load(d.x.at(b, k.token(i)) + c, lanes);
-      vf v = load(d.dt.at(b, k.token(i)) + c, lanes) + bias;
-      delta[i] = s.softplus ? softplus(v) : v;
-      delta_x[i] = delta[i] * x[i];
-      small &= abs(delta[i]) * bound < splat(SAFE_EXPONENT);  // not if NaN
-    }
-    return all(small);
-  }
-};
-
 // ---- forward ---------------------------------------------------------------------------------
+
+struct Tile {
+  vf delta[CHUNK], delta_x[CHUNK], y[CHUNK];
+};
 
 // y_i += C_i . h_i for NB states over one chunk; h is carried on.
 template <int NB, bool FAST>
-void forward_states(const Inputs& in, const vf* A, vf* h, vf* y, const float* B, const float* C,
+void forward_states(Tile& in, const vf* A, vf* h, const float* B, const float* C,
                     int64_t B_step, int64_t C_step, int64_t count) {
   vf state[NB];
 #pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) state[n] = h[n];
   for (int64_t i = 0; i < count; ++i, B += B_step, C += C_step) {
-    vf delta = in.delta[i], delta_x = in.delta_x[i], even = y[i], odd{};
+    vf delta = in.delta[i], delta_x = in.delta_x[i], even = in.y[i], odd{};
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
       vf decay = exp2_product<FAST>(delta, A[n]);
       state[n] = decay * state[n] + delta_x * B[n];
       (n % 2 ? odd : even) += state[n] * C[n];
     }
-    y[i] = even + odd;
+    in.y[i] = even + odd;
   }
 #pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) h[n] = state[n];
 }
 
 template <int NB>
-INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, const Inputs& in, const vf* A, vf* h, vf* y,
+INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, Tile& in, const vf* A, vf* h,
                               const float* B, const float* C, int64_t B_step, int64_t C_step, int64_t count) {
   auto run = fast ? forward_states<NB, true> : forward_states<NB, false>;
-  for (; n + NB <= N; n += NB) run(in, A + n, h + n, y, B + n, C + n, B_step, C_step, count);
+  for (; n + NB <= N; n += NB) run(in, A + n, h + n, B + n, C + n, B_step, C_step, count);
   return n;
 }
 
-constexpr int FORWARD_BLOCK = W == 16 ? 16 : 4;  // states in registers: 32 or 16 vector registers
+constexpr int FORWARD_BLOCK = W == 16 ? 8 : 4;  // states in registers: 32 or 16 vector registers
 
-// One chunk of direction e for W channels: adds y to the output, and after the last direction gates it.
-void forward_chunk(const Scan& s, int64_t e, int64_t b, int64_t c, int lanes, const Chunk& k, vf bound, const vf* A,
-                   vf* h) {
-  const Direction& d = s.direction[e];
-  if (d.states)
-    for (int64_t n = 0; n < s.state; ++n)
-      store(d.states + ((b * chunk_count(s.length) + k.index) * s.state + n) * s.channels + c, h[n], lanes);
-  Inputs in;
-  bool fast = in.fill(s, d, b, c, lanes, k, bound);
-  vf y[CHUNK], skip = d.D ? load(d.D + c, lanes) : vf{};
-  for (int64_t i = 0; i < k.count; ++i) y[i] = d.D ? skip * in.x[i] : vf{};
-  const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
-  int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step, n = 0;
-  n = forward_blocks<FORWARD_BLOCK>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
-  n = forward_blocks<4>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
-  forward_blocks<1>(fast, n, s.state, in, A, h, y, B, C, Bs, Cs, k.count);
-
-  bool last = e == s.directions - 1;
-  for (int64_t i = 0; i < k.count; ++i) {
-    int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c;
-    vf v = e == 0 ? y[i] : y[i] + load(s.out + at, lanes);
-    if (last && s.pregate) store(s.pregate + at, v, lanes);
-    if (last && s.z.data) v *= silu(load(s.z.at(b, t) + c, lanes)).value;
-    store(s.out + at, v, lanes);
-  }
-}
-
-// One batch row and the channels [c0, c1): chunk after chunk, inside them the channels.
+// One batch row and the channels [c0, c1). A chunk is read row by row, then scanned one vector of channels
+// after the other, then written row by row.
+template <bool FULL>
 void forward_item(const Scan& s, int64_t b, int64_t c0, int64_t c1) {
   int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W;
-  auto memory = allocate<vf>(vectors * (2 * N + 1));
-  vf *A = memory.get(), *h = A + vectors * N, *bound = h + vectors * N;
-  auto lanes = [&](int64_t j) { return (int)std::min<int64_t>(W, c1 - c0 - j * W); };
+  auto memory = allocate<vf>(vectors * (2 * N + 2));
+  vf *A = memory.get(), *h = A + vectors * N, *bound = h + vectors * N, *skip = bound + vectors;
+  auto tile = allocate<Tile>(vectors);
+  auto lanes = [&](int64_t j) { return FULL ? W : (int)std::min<int64_t>(W, c1 - c0 - j * W); };
   for (int64_t e = 0; e < s.directions; ++e) {
-    for (int64_t j = 0; j < vectors; ++j) bound[j] = load_A(s, s.direction[e], c0 + j * W, lanes(j), A + j * N);
+    const Direction& d = s.direction[e];
+    bool last = e == s.directions - 1, by_softplus = s.softplus;
+    vf bias[ITEM_CHANNELS / W];
+    for (int64_t j = 0; j < vectors; ++j) {
+      int64_t c = c0 + j * W;
+      bound[j] = load_A(s, d, c, lanes(j), A + j * N);
+      bias[j] = d.dt_bias ? load(d.dt_bias + c, lanes(j)) : vf{};
+      skip[j] = d.D ? load(d.D + c, lanes(j)) : vf{};
+    }
     std::fill(h, h + vectors * N, vf{});
     for (int64_t chunk = 0; chunk < chunk_count(s.length); ++chunk) {
-      Chunk k(s.length, s.direction[e].reverse, chunk);
-      for (int64_t j = 0; j < vectors; ++j)
-        forward_chunk(s, e, b, c0 + j * W, lanes(j), k, bound[j], A + j * N, h + j * N);
+      Chunk k(s.length, d.reverse, chunk);
+      if (d.states)
+        for (int64_t n = 0; n < N; ++n)
+          for (int64_t j = 0; j < vectors; ++j)
+            store(d.states + ((b * chunk_count(s.length) + chunk) * N + n) * s.channels + c0 + j * W, h[j * N + n],
+                  lanes(j));
+      vi small = ~vi{};
+      for (int64_t i = 0; i < k.count; ++i) {
+        int64_t t = k.token(i), ahead = t + k.step * CHUNK;
+        const float *x_row = d.x.at(b, t) + c0, *dt_row = d.dt.at(b, t) + c0;
+        const float *x_ahead = d.x.at(b, ahead) + c0, *dt_ahead = d.dt.at(b, ahead) + c0;
+        for (int64_t j = 0; j < vectors; ++j) {
+          __builtin_prefetch(x_ahead + j * W);
+          __builtin_prefetch(dt_ahead + j * W);
+          vf x = load(x_row + j * W, lanes(j)), v = load(dt_row + j * W, lanes(j)) + bias[j];
+          if (by_softplus) v = softplus(v);
+          tile[j].delta[i] = v;
+          tile[j].delta_x[i] = v * x;
+          tile[j].y[i] = d.D ? skip[j] * x : vf{};
+          small &= abs(v) * bound[j] < splat(SAFE_EXPONENT);  // not if NaN
+        }
+      }
+      bool fast = all(small);
+      const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
+      int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step;
+      for (int64_t j = 0; j < vectors; ++j) {
+        int64_t n = 0;
+        vf *Aj = A + j * N, *hj = h + j * N;
+        n = forward_blocks<FORWARD_BLOCK>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
+        n = forward_blocks<4>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
+        forward_blocks<1>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
+      }
+      for (int64_t i = 0; i < k.count; ++i) {
+        int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c0, ahead = t + k.step * CHUNK;
+        float *out = s.out + at, *pregate = last ? offset(s.pregate, at) : nullptr;
+        const float* z = last && s.z.data ? s.z.at(b, t) + c0 : nullptr;
+        for (int64_t j = 0; j < vectors; ++j) {
+          vf v = tile[j].y[i];
+          if (e) v += load(out + j * W, lanes(j));
+          if (pregate) store(pregate + j * W, v, lanes(j));
+          if (z) v *= silu(load(z + j * W, lanes(j))).value;
+          store(out + j * W, v, lanes(j));
+        }
+        prefetch_row(s.out + (ahead - t) * s.channels + at, vectors);
+        if (z) prefetch_row(s.z.at(b, ahead) + c0, vectors);
+      }
     }
   }
 }
 
 // ---- backward --------------------------------------------------------------------------------
 
-// What the passes over one chunk and W channels share. `s1` is sum_n g B, `s2` is sum_n g (a h') A.
+// One vector of channels in a chunk. `s1` is sum_n g B, `s2` is sum_n g (a h') A, summed block by block of states.
 struct Adjoint {
-  Inputs in;
-  vf dy[CHUNK], s1[CHUNK], s2[CHUNK];
+  vf x[CHUNK], delta[CHUNK], slope[CHUNK], dy[CHUNK], s1[CHUNK], s2[CHUNK];
 };
 
 // NB states of one chunk: states again from the kept one, then the adjoint g backwards.
@@ -188,13 +199,13 @@ struct Adjoint {
 // dC += dy h, dB += g Delta x, dA += g (a h') Delta; `carry` is a g, handed to the chunk before.
 template <int NB, bool FAST>
 void backward_states(Adjoint& q, const vf* A, const float* h0, int64_t h0_step, int lanes, vf* carry, vf* dA,
-                     vf* dB, vf* dC, int64_t N, const float* B, const float* C, int64_t B_step, int64_t C_step,
-                     int64_t count) {
+                     vf* dB, vf* dC, const float* B, const float* C, int64_t B_step, int64_t C_step,
+                     int64_t count, bool first) {
   vf decay[CHUNK][NB], decayed[CHUNK][NB], v[NB];
 #pragma GCC unroll 4
   for (int n = 0; n < NB; ++n) v[n] = load(h0 + n * h0_step, lanes);
   for (int64_t i = 0; i < count; ++i, B += B_step) {
-    vf delta = q.in.delta[i], delta_x = q.in.delta_x[i];
+    vf delta = q.delta[i], delta_x = delta * q.x[i];
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) {
       decay[i][n] = exp2_product<FAST>(delta, A[n]);
@@ -208,14 +219,15 @@ void backward_states(Adjoint& q, const vf* A, const float* h0, int64_t h0_step, 
   C += count * C_step;
   for (int64_t i = count - 1; i >= 0; --i) {
     B -= B_step, C -= C_step;
-    vf delta = q.in.delta[i], delta_x = q.in.delta_x[i], dy = q.dy[i], s1 = q.s1[i], s2 = q.s2[i];
+    vf delta = q.delta[i], delta_x = delta * q.x[i], dy = q.dy[i], s1{}, s2{};
+    if (!first) s1 = q.s1[i], s2 = q.s2[i];
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) {
       vf h = decayed[i][n] + delta_x * B[n];
       vf g = dy * C[n] + v[n];
       vf w = g * decayed[i][n];
-      dC[i * N + n] += dy * h;
-      dB[i * N + n] += g * delta_x;
+      dC[i * NB + n] += dy * h;
+      dB[i * NB + n] += g * delta_x;
       s1 += g * B[n];
       s2 += w * A[n];
       sum_A[n] += w * delta;
@@ -227,88 +239,134 @@ void backward_states(Adjoint& q, const vf* A, const float* h0, int64_t h0_step, 
   for (int n = 0; n < NB; ++n) carry[n] = v[n], dA[n] = sum_A[n];
 }
 
-template <int NB>
-INLINE int64_t backward_blocks(bool fast, int64_t n, int64_t N, Adjoint& q, const vf* A, const float* h0,
-                               int64_t h0_step, int lanes, vf* carry, vf* dA, vf* dB, vf* dC, const float* B,
-                               const float* C, int64_t B_step, int64_t C_step, int64_t count) {
-  auto run = fast ? backward_states<NB, true> : backward_states<NB, false>;
-  for (; n + NB <= N; n += NB)
-    run(q, A + n, h0 + n * h0_step, h0_step, lanes, carry + n, dA + n, dB + n, dC + n, N, B + n, C + n, B_step,
-        C_step, count);
-  return n;
-}
-
-struct Partials {     // of one direction; summed over groups and batch afterwards, in order
+struct Partials {  // of one direction; summed over groups and batch afterwards, in order
   Buffer<float> dB, dC;              // (batch, groups, L, N)
   Buffer<float> dA, dD, ddt_bias;    // (batch, N, D), (batch, D), (batch, D)
 };
 
-// One direction, one batch row, the channels [c0, c1): chunks backwards, inside them the channels.
-void backward_item(const Scan& s, const Direction& d, Partials& out, bool first, int64_t b, int64_t group,
-                   int64_t groups, int64_t c0, int64_t c1) {
-  int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W, chunks = chunk_count(s.length);
-  // per vector of channels: A, carry and dA (N each), bound on |A|, dD, d bias
-  auto memory = allocate<vf>(vectors * (3 * N + 3) + 2 * CHUNK * N);
-  vf *A = memory.get(), *carry = A + vectors * N, *dA = carry + vectors * N, *bound = dA + vectors * N;
-  vf *dD = bound + vectors, *dbias = dD + vectors, *dB = dbias + vectors, *dC = dB + CHUNK * N;
-  std::fill(carry, dB, vf{});
-  for (int64_t j = 0; j < vectors; ++j)
-    bound[j] = load_A(s, d, c0 + j * W, std::min<int64_t>(W, c1 - c0 - j * W), A + j * N);
-  Adjoint q;
+// Sums over the channels of one item, of the states a block at a time.
+struct Item {
+  const Scan& s;
+  const Direction& d;
+  Partials& out;
+  int64_t b, group, groups, c0, vectors;
+  vf *A, *carry, *dA;  // [vectors][N]
+  Adjoint* q;          // [vectors]
+  vf *dB, *dC;         // [CHUNK][NB]
+  int lanes(int64_t j) const { return (int)std::min<int64_t>(W, s.channels - c0 - j * W); }
+};
 
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    Chunk k(s.length, d.reverse, chunk);
-    std::fill(dB, dC + CHUNK * N, vf{});
-    for (int64_t j = 0; j < vectors; ++j) {
-      int64_t c = c0 + j * W;
-      int lanes = std::min<int64_t>(W, c1 - c);
-      bool fast = q.in.fill(s, d, b, c, lanes, k, bound[j]);
-      for (int64_t i = 0; i < k.count; ++i) {
-        int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c;
-        vf dout = load(s.dout.at(b, t) + c, lanes);
-        q.dy[i] = dout;
-        q.s1[i] = q.s2[i] = vf{};
-        if (!s.z.data) continue;
-        Gate gate = silu(load(s.z.at(b, t) + c, lanes));
-        q.dy[i] = dout * gate.value;
-        if (first) store(s.dz + at, dout * gate.slope * load(s.pregate + at, lanes), lanes);
-      }
-      const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
-      const float* h0 = d.states + (b * chunks + chunk) * N * s.channels + c;
-      int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step, n = 0;
-      n = backward_blocks<4>(fast, n, N, q, A + j * N, h0, s.channels, lanes, carry + j * N, dA + j * N, dB, dC,
-                             B, C, Bs, Cs, k.count);
-      backward_blocks<1>(fast, n, N, q, A + j * N, h0, s.channels, lanes, carry + j * N, dA + j * N, dB, dC, B, C,
-                         Bs, Cs, k.count);
-
-      vf skip = d.D ? load(d.D + c, lanes) : vf{}, bias = d.dt_bias ? load(d.dt_bias + c, lanes) : vf{};
-      for (int64_t i = 0; i < k.count; ++i) {
-        int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c;
-        vf dx = q.in.delta[i] * q.s1[i];
-        if (d.D) dx += skip * q.dy[i];
-        vf ddt = q.in.x[i] * q.s1[i] + q.s2[i] * (1.0f / LOG2E);
-        if (s.softplus) ddt *= sigmoid(load(d.dt.at(b, t) + c, lanes) + bias);
-        dD[j] += q.dy[i] * q.in.x[i];
-        dbias[j] += ddt;
-        store(d.dx + at, dx, lanes);
-        store(d.ddt + at, ddt, lanes);
+template <int NB>
+INLINE int64_t backward_blocks(const Item& m, const Chunk& k, bool fast, int64_t n) {
+  int64_t N = m.s.state, D = m.s.channels;
+  auto run = fast ? backward_states<NB, true> : backward_states<NB, false>;
+  for (; n + NB <= N; n += NB) {
+    std::fill(m.dB, m.dB + CHUNK * NB, vf{});
+    std::fill(m.dC, m.dC + CHUNK * NB, vf{});
+    const float* h0 = m.d.states + ((m.b * chunk_count(m.s.length) + k.index) * N + n) * D + m.c0;
+    for (int64_t j = 0; j < m.vectors; ++j)
+      run(m.q[j], m.A + j * N + n, h0 + j * W, D, m.lanes(j), m.carry + j * N + n, m.dA + j * N + n, m.dB, m.dC,
+          m.d.B.at(m.b, k.first) + n, m.d.C.at(m.b, k.first) + n, m.d.B.row_stride * k.step,
+          m.d.C.row_stride * k.step, k.count, n == 0);
+    for (int64_t i = 0; i < k.count; ++i) {
+      int64_t at = ((m.b * m.groups + m.group) * m.s.length + k.token(i)) * N + n;
+      for (int p = 0; p < NB; ++p) {
+        m.out.dB[at + p] = sum<W>(m.dB[i * NB + p]);
+        m.out.dC[at + p] = sum<W>(m.dC[i * NB + p]);
       }
     }
+  }
+  return n;
+}
+
+constexpr int BACKWARD_BLOCK = 4;
+
+// One direction, one batch row, the channels [c0, c1): chunks backwards, inside them the channels.
+template <bool FULL>
+void backward_item(const Scan& s, const Direction& d, Partials& out, bool first, int64_t b, int64_t group,
+                   int64_t groups, int64_t c0, int64_t c1) {
+  int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W, D = s.channels;
+  auto lanes = [&](int64_t j) { return FULL ? W : (int)std::min<int64_t>(W, c1 - c0 - j * W); };
+  bool by_softplus = s.softplus;
+  auto memory = allocate<vf>(vectors * (3 * N + 5) + 2 * CHUNK * BACKWARD_BLOCK);
+  auto tile = allocate<Adjoint>(vectors);
+  vf *A = memory.get(), *carry = A + vectors * N, *dA = carry + vectors * N, *dD = dA + vectors * N;
+  vf *dbias = dD + vectors, *bound = dbias + vectors, *skip = bound + vectors, *bias = skip + vectors;
+  vf* dB = bias + vectors;
+  std::fill(carry, bound, vf{});
+  Item m{s, d, out, b, group, groups, c0, vectors, A, carry, dA, tile.get(), dB, dB + CHUNK * BACKWARD_BLOCK};
+  for (int64_t j = 0; j < vectors; ++j) {
+    int64_t c = c0 + j * W;
+    bound[j] = load_A(s, d, c, lanes(j), A + j * N);
+    bias[j] = d.dt_bias ? load(d.dt_bias + c, lanes(j)) : vf{};
+    skip[j] = d.D ? load(d.D + c, lanes(j)) : vf{};
+  }
+
+  for (int64_t chunk = chunk_count(s.length) - 1; chunk >= 0; --chunk) {
+    Chunk k(s.length, d.reverse, chunk);
+    vi small = ~vi{};
     for (int64_t i = 0; i < k.count; ++i) {
-      int64_t at = ((b * groups + group) * s.length + k.token(i)) * N;
-      for (int64_t n = 0; n < N; ++n) {
-        out.dB[at + n] = sum(dB[i * N + n]);
-        out.dC[at + n] = sum(dC[i * N + n]);
+      int64_t t = k.token(i), ahead = t - CHUNK * k.step;
+      const float *x_row = d.x.at(b, t) + c0, *dt_row = d.dt.at(b, t) + c0;
+      for (int64_t j = 0; j < vectors; ++j) {
+        Adjoint& q = tile[j];
+        vf x = load(x_row + j * W, lanes(j)), v = load(dt_row + j * W, lanes(j)) + bias[j], slope = splat(1.0f);
+        if (by_softplus) {
+          slope = sigmoid(v);
+          v = softplus(v);
+        }
+        q.slope[i] = slope;
+        q.x[i] = x;
+        q.delta[i] = v;
+        small &= abs(v) * bound[j] < splat(SAFE_EXPONENT);  // not if NaN
       }
+      prefetch_row(d.x.at(b, ahead) + c0, vectors);
+      prefetch_row(d.dt.at(b, ahead) + c0, vectors);
+    }
+    for (int64_t i = 0; i < k.count; ++i) {
+      int64_t t = k.token(i), ahead = t - CHUNK * k.step, at = (b * s.length + t) * D + c0;
+      const float *dout = s.dout.at(b, t) + c0, *z = s.z.data ? s.z.at(b, t) + c0 : nullptr, *pregate = s.pregate + at;
+      float* dz = z && first ? s.dz + at : nullptr;
+      for (int64_t j = 0; j < vectors; ++j) {
+        vf dy = load(dout + j * W, lanes(j));
+        if (z) {
+          Gate gate = silu(load(z + j * W, lanes(j)));
+          if (dz) store(dz + j * W, dy * gate.slope * load(pregate + j * W, lanes(j)), lanes(j));
+          dy *= gate.value;
+        }
+        tile[j].dy[i] = dy;
+      }
+      prefetch_row(s.dout.at(b, ahead) + c0, vectors);
+      if (z) prefetch_row(s.z.at(b, ahead) + c0, vectors);
+      if (dz) prefetch_row(pregate + (ahead - t) * D, vectors);
+      if (dz) prefetch_row(dz + (ahead - t) * D, vectors);
+    }
+    bool fast = all(small);
+    int64_t n = backward_blocks<BACKWARD_BLOCK>(m, k, fast, 0);
+    backward_blocks<1>(m, k, fast, n);
+    for (int64_t i = 0; i < k.count; ++i) {
+      int64_t at = (b * s.length + k.token(i)) * D + c0;
+      float *dx_row = d.dx + at, *ddt_row = d.ddt + at;
+      for (int64_t j = 0; j < vectors; ++j) {
+        const Adjoint& q = tile[j];
+        vf dx = q.delta[i] * q.s1[i];
+        if (d.D) dx += skip[j] * q.dy[i];
+        vf ddt = (q.x[i] * q.s1[i] + q.s2[i] * (1.0f / LOG2E)) * q.slope[i];
+        dD[j] += q.dy[i] * q.x[i];
+        dbias[j] += ddt;
+        store(dx_row + j * W, dx, lanes(j));
+        store(ddt_row + j * W, ddt, lanes(j));
+      }
+      prefetch_row(dx_row - CHUNK * k.step * D, vectors);
+      prefetch_row(ddt_row - CHUNK * k.step * D, vectors);
     }
   }
 
   for (int64_t j = 0; j < vectors; ++j) {
     int64_t c = c0 + j * W;
-    int lanes = std::min<int64_t>(W, c1 - c);
-    for (int64_t n = 0; n < N; ++n) store(&out.dA[(b * N + n) * s.channels + c], dA[j * N + n], lanes);
-    store(&out.dD[b * s.channels + c], dD[j], lanes);
-    store(&out.ddt_bias[b * s.channels + c], dbias[j], lanes);
+    for (int64_t n = 0; n < N; ++n) store(&out.dA[(b * N + n) * D + c], dA[j * N + n], lanes(j));
+    store(&out.dD[b * D + c], dD[j], lanes(j));
+    store(&out.ddt_bias[b * D + c], dbias[j], lanes(j));
   }
 }
 
@@ -359,16 +417,17 @@ int dis_ssm_has_openmp() {
 
 // Both return 0, or 1 if memory ran out.
 int dis_ssm_scan_forward(const Scan* s, int threads) {
-  int64_t tiles = (s->channels + FORWARD_CHANNELS - 1) / FORWARD_CHANNELS;
+  int64_t tiles = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
   return !parallel(s->batch * tiles, threads, [&](int64_t i) {
-    int64_t c = i % tiles * FORWARD_CHANNELS;
-    forward_item(*s, i / tiles, c, std::min(c + FORWARD_CHANNELS, s->channels));
+    int64_t c = i % tiles * ITEM_CHANNELS;
+    int64_t end = std::min(c + ITEM_CHANNELS, s->channels);
+    ((end - c) % W ? forward_item<false> : forward_item<true>)(*s, i / tiles, c, end);
   });
 }
 
 int dis_ssm_scan_backward(const Scan* s, int threads) try {
-  int64_t groups = (s->channels + BACKWARD_CHANNELS - 1) / BACKWARD_CHANNELS;
-  auto end = [&](int64_t g) { return std::min((g + 1) * BACKWARD_CHANNELS, s->channels); };
+  int64_t groups = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
+  auto end = [&](int64_t g) { return std::min((g + 1) * ITEM_CHANNELS, s->channels); };
   Partials partials[2];
   for (int64_t e = 0; e < s->directions; ++e) {
     int64_t tokens = s->batch * groups * s->length * s->state, rows = s->batch * s->channels;
@@ -377,12 +436,13 @@ int dis_ssm_scan_backward(const Scan* s, int threads) try {
   }
   bool ok = parallel(s->batch * groups * s->directions, threads, [&](int64_t i) {
     int64_t e = i % s->directions, g = i / s->directions % groups, b = i / s->directions / groups;
-    backward_item(*s, s->direction[e], partials[e], e == 0, b, g, groups, g * BACKWARD_CHANNELS, end(g));
+    auto run = (end(g) - g * ITEM_CHANNELS) % W ? backward_item<false> : backward_item<true>;
+    run(*s, s->direction[e], partials[e], e == 0, b, g, groups, g * ITEM_CHANNELS, end(g));
   });
   for (int64_t e = 0; ok && e < s->directions; ++e) {
     const Direction& d = s->direction[e];
     parallel(s->batch, threads, [&](int64_t b) { sum_groups(*s, d, partials[e], b, groups); });
-    parallel(groups, threads, [&](int64_t g) { sum_batch(*s, d, partials[e], g * BACKWARD_CHANNELS, end(g)); });
+    parallel(groups, threads, [&](int64_t g) { sum_batch(*s, d, partials[e], g * ITEM_CHANNELS, end(g)); });
   }
   return !ok;
 } catch (const std::bad_alloc&) {

@@ -44,29 +44,33 @@ INLINE bool all(vi mask) {
   return result;
 }
 
-INLINE float sum(vf v) {  // fixed order: halves, quarters, ...
-  float a[W];
-  std::memcpy(a, &v, sizeof a);
-  for (int n = W / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) a[i] += a[i + n];
-  return a[0];
+template <int N>
+struct Lanes {
+  typedef float vector __attribute__((vector_size(4 * N)));
+};
+
+// Sum of the lanes: halves, quarters, ...
+template <int N>
+INLINE float sum(typename Lanes<N>::vector v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Lanes<N / 2>::vector half[2];
+    std::memcpy(half, &v, sizeof half);
+    return sum<N / 2>(half[0] + half[1]);
+  }
 }
 
 constexpr float LOG2E = 1.44269504088896340736f;
 
 // 2^(a b). Rounding to the nearest integer by adding 1.5 * 2^23 leaves r in [-1/2, 1/2], where the
 // degree-5 minimax polynomial with value 1 at 0 is within 1.1e-7 (relative) before rounding.
-// FAST needs |a b| < 126, and then writes the exponent with an integer addition; otherwise the scale
-// is applied as two factors, which gives 0, denormals, inf and NaN where they belong.
+// FAST needs -127 <= a b <= 128, and then writes the exponent with an integer addition; otherwise the
+// scale is applied as two factors, which gives 0, denormals, inf and NaN where they belong and the same
+// bits elsewhere.
 template <bool FAST>
 INLINE vf exp2_product(vf a, vf b) {
   const vf magic = splat(12582912.0f);
-  if constexpr (!FAST) {
-    vf x = a * b;
-    x = x < splat(-160.0f) ? splat(-160.0f) : x;
-    a = x > splat(130.0f) ? splat(130.0f) : x;
-    b = splat(1.0f);
-  }
   vf biased = a * b + magic;
   vf n = biased - magic;
   vf r = a * b - n;
@@ -79,25 +83,40 @@ INLINE vf exp2_product(vf a, vf b) {
   // The low bits of `biased` are n; those of the magic number itself are zero.
   if constexpr (FAST) return (vf)((vi)p + ((vi)biased << 23));
   vi exponent = (vi)biased - (vi)magic, half = exponent >> 1;
-  return p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+  p *= (vf)((half + 127) << 23);
+  p *= (vf)((exponent - half + 127) << 23);
+  vf x = a * b;
+  p = x < splat(-160.0f) ? vf{} : p;
+  return x > splat(130.0f) ? splat(__builtin_inff()) : p;
 }
 
-INLINE vf exp(vf x) { return exp2_product<false>(x, splat(LOG2E)); }
+// exp(x): 0 below -88 and inf above 88.7; for a NaN anything.
+INLINE vf exp(vf x) {
+  x *= LOG2E;
+  x = x < splat(-127.0f) ? splat(-127.0f) : x;
+  x = x > splat(128.0f) ? splat(128.0f) : x;
+  return exp2_product<true>(x, splat(1.0f));
+}
 
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-// log(1 + exp(x)) = max(x, 0) + log1p(u), u = exp(-|x|); log1p(u) = 2 atanh(u / (2 + u)).
+// log(1 + exp(x)) = max(x, 0) + log(1 + u), u = exp(-|x|).
+// log(1 + u) = log(1 + f), or log 2 + log(1 + f) with f = (u - 1) / 2 where u > sqrt(2) - 1.
 INLINE vf softplus(vf x) {
   vf u = exp(-abs(x));
-  vf s = u / (2.0f + u), q = s * s;
-  vf p = splat(2.0f / 13);
-  p = p * q + 2.0f / 11;
-  p = p * q + 2.0f / 9;
-  p = p * q + 2.0f / 7;
-  p = p * q + 2.0f / 5;
-  p = p * q + 2.0f / 3;
-  p = p * q + 2.0f;
-  return (x < vf{} ? vf{} : x) + p * s;
+  vi upper = u > splat(0.41421356f);
+  vf f = upper ? 0.5f * u - 0.5f : u;
+  vf p = splat(8.722358942e-2f);
+  p = p * f - 1.436684877e-1f;
+  p = p * f + 1.495226771e-1f;
+  p = p * f - 1.656239182e-1f;
+  p = p * f + 1.995683312e-1f;
+  p = p * f - 2.500207424e-1f;
+  p = p * f + 3.333418667e-1f;
+  p = p * f - 4.999998808e-1f;
+  p = p * f + 1.0f;
+  vf y = x < vf{} ? vf{} : x;
+  return p * f + (upper ? y + 0.69314718f : y);
 }
 
 struct Gate {  // silu(z) and its derivative
