@@ -1,55 +1,35 @@
-"""Times the selective scan against the PyTorch reference and, when installed, mamba-ssm's.
+"""Times the CPU selective scan against plain PyTorch, other packages and the exponential alone.
 
-    python experiments/benchmarks/scan.py [--length 258] [--channels 768] [--out results.json]
+    python experiments/benchmarks/scan.py [--lengths 66 258 1026] [--threads 1] [--out FILE]
 
-All contenders run in turn in one process on the same tensors, after a warm-up, and are compared by
-their medians. Results are checked against each other first: a wrong one is reported, not timed.
-mamba-ssm is installed when its Python files are importable; its compiled parts are not needed.
+One direction with D, gate, bias and softplus; "both directions" is one call for two such scans.
+All contenders run in turn in one process on the same tensors and are compared round by round.
+Their values and gradients are checked first; a wrong one ends the run. mamba-ssm's reference and
+mambapy take part when they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib
-import json
-import platform
-import statistics
-import subprocess
-import sys
 import time
-import types
 from pathlib import Path
 
+import peers
 import torch
+from harness import RESULTS, error, processor, race, record, require, write
 
-from dis_ssm.ops import native, selective_scan
+from dis_ssm.ops import bidirectional_selective_scan, native, selective_scan
 
-TOLERANCE = 1e-4  # of the largest entry
-
-
-def mamba_reference():
-    """mamba-ssm's selective_scan_ref, its compiled modules stubbed; None if not installed."""
-    for name in ("selective_scan_cuda", "mamba_ssm", "mamba_ssm.ops.triton.layer_norm"):
-        stub = types.ModuleType(name)
-        if name == "mamba_ssm":
-            spec = importlib.util.find_spec(name)
-            if spec is None:
-                return None
-            stub.__path__ = list(spec.submodule_search_locations)
-        stub._layer_norm_fwd = None
-        sys.modules.setdefault(name, stub)
-    return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
+BOUND = 2e-5  # error allowed, of the largest entry
 
 
-def contenders(batch: int, length: int, channels: int, state: int):
-    """name -> (forward, forward and backward), all on the same numbers."""
+def make_inputs(batch: int, length: int, channels: int, state: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape):
         return torch.randn(*shape, generator=g)
 
-    inputs = dict(
+    return dict(
         x=randn(batch, length, channels),
         dt=randn(batch, length, channels),
         A=-torch.arange(1.0, state + 1).repeat(channels, 1),
@@ -59,100 +39,117 @@ def contenders(batch: int, length: int, channels: int, state: int):
         z=randn(batch, length, channels),
         dt_bias=torch.full((channels,), -4.0),
     )
-    grad = randn(batch, length, channels)
-
-    def pair(run, inputs, grad):
-        leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
-
-        def forward():
-            with torch.no_grad():
-                return run(**inputs)
-
-        def training():
-            for leaf in leaves.values():
-                leaf.grad = None
-            run(**leaves).backward(grad)
-
-        return forward, training
-
-    found = {
-        "native": pair(lambda **k: selective_scan(**k, backend="cpu"), inputs, grad),
-        "reference": pair(lambda **k: selective_scan(**k, backend="reference"), inputs, grad),
-    }
-    if ref := mamba_reference():
-        swapped = {k: v.mT.contiguous() if v.ndim == 3 else v for k, v in inputs.items()}
-
-        def run(x, dt, A, B, C, D, z, dt_bias):
-            return ref(x, dt, A, B, C, D, z, dt_bias, delta_softplus=True)
-
-        forward, _ = pair(run, swapped, grad.mT.contiguous())
-        found["mamba_ssm selective_scan_ref"] = forward, None  # its backward is quadratic in length
-    return found
 
 
-def check(found) -> None:
-    truth = found["reference"][0]()
-    for name, (forward, _) in found.items():
-        y = forward()
-        y = y if y.shape == truth.shape else y.mT
-        error = ((y - truth).abs().max() / truth.abs().max()).item()
-        if not error < TOLERANCE:
-            raise SystemExit(f"{name} is wrong by {error:.2g} of the maximum: nothing was timed")
+def kernel(**inputs):
+    return selective_scan(**inputs, backend="cpu")
 
 
-def measure(found, which: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each, one run of each in turn."""
-    timed = {name: functions[which] for name, functions in found.items() if functions[which]}
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for turn in range(rounds + 1):
-        for name, function in timed.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def kernel_both(x, dt, A, B, C, D, z, dt_bias):
+    return bidirectional_selective_scan(
+        x, x, dt, dt, A, A, B, B, C, C, D, D, z, dt_bias, dt_bias, backend="cpu"
+    )
 
 
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def forward(run, inputs):
+    def call():
+        with torch.no_grad():
+            return run(**inputs)
+
+    return call
+
+
+def training(run, inputs, grad):
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+
+    def call():
+        for leaf in leaves.values():
+            leaf.grad = None
+        y = run(**leaves)
+        y.backward(grad)
+        return [y.detach(), *(leaf.grad for leaf in leaves.values())]
+
+    return call
+
+
+def exp_rate() -> dict[str, float]:
+    """The kernel's own exp2 in the first-level cache, one thread, best of many runs."""
+    exp2 = native.library().dis_ssm_exp2
+    grid = torch.linspace(-120, 120, 1 << 16)
+    exact = grid.double().exp2()
+    exp2(grid.data_ptr(), grid.numel(), 1.0, 1)
+    accuracy = ((grid.double() - exact) / exact).abs().max().item()
+    require("exp2", accuracy, 1e-6)
+    values, rounds, seconds = torch.full((4096,), 0.5), 1000, float("inf")
+    for _ in range(50):
+        start = time.perf_counter()
+        exp2(values.data_ptr(), values.numel(), -0.3, rounds)
+        seconds = min(seconds, time.perf_counter() - start)
+    return {"G/s": rounds * values.numel() / seconds / 1e9, "relative error": accuracy}
+
+
+def compare(shape: tuple, rounds: int) -> dict:
+    inputs = make_inputs(*shape)
+    grad = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(1))
+    others = {"lean PyTorch loop": peers.lean_training}
+    if shape[1] <= 300:  # the rest take minutes or tens of GB beyond
+        others |= {"mambapy": peers.mambapy(), "dis_ssm reference": _reference}
+    others = {name: run for name, run in others.items() if run}
+
+    truth = training(_reference, {n: t.double() for n, t in inputs.items()}, grad.double())()
+    steps = {"kernel": training(kernel, inputs, grad)}
+    steps |= {name: training(run, inputs, grad) for name, run in others.items()}
+    for name, step in steps.items():
+        for value, exact in zip(step(), truth, strict=True):
+            require(name, error(value, exact), BOUND)
+
+    scans = {"kernel": kernel, "kernel, both directions": kernel_both, **others}
+    scans["lean PyTorch loop"] = peers.lean
+    if reference := peers.mamba_reference():
+        scans["mamba-ssm selective_scan_ref"] = reference
+    scans = {name: forward(run, inputs) for name, run in scans.items()}
+    for name, run in scans.items():
+        if name != "kernel, both directions":
+            require(name, error(run(), truth[0]), BOUND)
+    steps["kernel, both directions"] = training(kernel_both, inputs, grad)
+    return {"forward": race(scans, rounds), "forward and backward": race(steps, rounds)}
+
+
+def _reference(**inputs):
+    return selective_scan(**inputs, backend="reference")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(batch=8, length=258, channels=768, state=16, threads=1).items():
+    for name, default in dict(batch=8, channels=768, state=16, threads=1, rounds=9).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="JSON file; by default none is written")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[66, 258, 1026])
+    parser.add_argument("--out", type=Path, default=RESULTS / "scan-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    shape = (options.batch, options.length, options.channels, options.state)
-    found = contenders(*shape)
-    check(found)
-    report = {
-        "command": " ".join(sys.argv),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{processor()}, {native.instruction_set()}, {options.threads} thread(s)",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "shape": dict(zip(("batch", "length", "channels", "state"), shape, strict=True)),
-    }
-    for which, part in enumerate(("forward", "forward and backward")):
-        seconds = measure(found, which, options.rounds)
-        report[part] = {
-            name: {"ms": round(1e3 * s, 3), "times native": round(s / seconds["native"], 2)}
-            for name, s in seconds.items()
-        }
-        for name, row in report[part].items():
-            print(f"{part:21s} {name:30s} {row['ms']:9.2f} ms {row['times native']:7.2f} x native")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    rate = exp_rate()
+    isa, threads = native.instruction_set(), options.threads
+    report = record(f"{processor()}, {isa}, {threads} thread{'s' * (threads > 1)}")
+    report["exp2 on one thread"] = rate
+    print(f"{report['device']}: {rate['G/s']:.1f} G exp2/s, error {rate['relative error']:.1g}")
+    for length in options.lengths:
+        shape = (options.batch, length, options.channels, options.state)
+        found = compare(shape, options.rounds)
+        steps = options.batch * length * options.channels * options.state
+        for name, directions in (("kernel", 1), ("kernel, both directions", 2)):
+            row = found["forward"][name]
+            speed = directions * steps / row["ms"] / 1e6
+            row["G state-steps/s"] = round(speed, 2)
+            row["exp2 time"] = round(threads * rate["G/s"] / speed, 2)
+        report[f"(batch, length, channels, state) = {shape}"] = found
+        for part, rows in found.items():
+            for name, row in rows.items():
+                line = f"{length:5d} {part:21s} {name:29s}"
+                line += f" {row['ms']:9.2f} ms {row['ratio']:7.2f} x kernel"
+                line += f" {row['exp2 time']:.2f} x exp2" if "exp2 time" in row else ""
+                print(line)
+    write(report, options.out)
 
 
 if __name__ == "__main__":

@@ -66,18 +66,28 @@ INLINE float* offset(float* p, int64_t n) { return p ? p + n : nullptr; }
 
 int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
-// Column of A for W channels, times log2(e), as N vectors; returns the largest |A|, NaN if one is not finite.
-vf load_A(const Scan& s, const Direction& d, int64_t c, int lanes, vf* A) {
-  vf largest{}, zero{};
-  for (int64_t n = 0; n < s.state; ++n) {
-    vf v{};
-    for (int i = 0; i < lanes; ++i) v[i] = d.A[(c + i) * s.state + n];
-    A[n] = v * LOG2E;
-    largest = abs(A[n]) > largest ? abs(A[n]) : largest;
-    zero += A[n] - A[n];
+// A log2(e) of every vector of channels, and its largest absolute value (NaN if one is not finite).
+struct Rates {
+  Buffer<vf> A, bound;  // [vectors][N], [vectors]
+
+  Rates(const Scan& s, const Direction& d) {
+    int64_t N = s.state, vectors = (s.channels + W - 1) / W;
+    A = allocate<vf>(vectors * N);
+    bound = allocate<vf>(vectors);
+    std::fill(A.get(), A.get() + vectors * N, vf{});
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t n = 0; n < N; ++n) A[c / W * N + n][c % W] = d.A[c * N + n] * LOG2E;
+    for (int64_t j = 0; j < vectors; ++j) {
+      vf largest{}, zero{};
+      for (int64_t n = 0; n < N; ++n) {
+        vf v = A[j * N + n];
+        largest = abs(v) > largest ? abs(v) : largest;
+        zero += v - v;
+      }
+      bound[j] = largest + zero;
+    }
   }
-  return largest + zero;
-}
+};
 
 // ---- forward ---------------------------------------------------------------------------------
 
@@ -119,19 +129,18 @@ constexpr int FORWARD_BLOCK = W == 16 ? 8 : 4;  // states in registers: 32 or 16
 // One batch row and the channels [c0, c1). A chunk is read row by row, then scanned one vector of channels
 // after the other, then written row by row.
 template <bool FULL>
-void forward_item(const Scan& s, int64_t b, int64_t c0, int64_t c1) {
+void forward_item(const Scan& s, const Rates* rates, int64_t b, int64_t c0, int64_t c1) {
   int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W;
-  auto memory = allocate<vf>(vectors * (2 * N + 2));
-  vf *A = memory.get(), *h = A + vectors * N, *bound = h + vectors * N, *skip = bound + vectors;
+  auto memory = allocate<vf>(vectors * (N + 2));
+  vf *h = memory.get(), *skip = h + vectors * N, *bias = skip + vectors;
   auto tile = allocate<Tile>(vectors);
   auto lanes = [&](int64_t j) { return FULL ? W : (int)std::min<int64_t>(W, c1 - c0 - j * W); };
   for (int64_t e = 0; e < s.directions; ++e) {
     const Direction& d = s.direction[e];
     bool last = e == s.directions - 1, by_softplus = s.softplus;
-    vf bias[ITEM_CHANNELS / W];
+    const vf *A = &rates[e].A[c0 / W * N], *bound = &rates[e].bound[c0 / W];
     for (int64_t j = 0; j < vectors; ++j) {
       int64_t c = c0 + j * W;
-      bound[j] = load_A(s, d, c, lanes(j), A + j * N);
       bias[j] = d.dt_bias ? load(d.dt_bias + c, lanes(j)) : vf{};
       skip[j] = d.D ? load(d.D + c, lanes(j)) : vf{};
     }
@@ -164,7 +173,8 @@ void forward_item(const Scan& s, int64_t b, int64_t c0, int64_t c1) {
       int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step;
       for (int64_t j = 0; j < vectors; ++j) {
         int64_t n = 0;
-        vf *Aj = A + j * N, *hj = h + j * N;
+        const vf* Aj = A + j * N;
+        vf* hj = h + j * N;
         n = forward_blocks<FORWARD_BLOCK>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
         n = forward_blocks<4>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
         forward_blocks<1>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
@@ -250,7 +260,8 @@ struct Item {
   const Direction& d;
   Partials& out;
   int64_t b, group, groups, c0, vectors;
-  vf *A, *carry, *dA;  // [vectors][N]
+  const vf* A;         // [vectors][N]
+  vf *carry, *dA;      // [vectors][N]
   Adjoint* q;          // [vectors]
   vf *dB, *dC;         // [CHUNK][NB]
   int lanes(int64_t j) const { return (int)std::min<int64_t>(W, s.channels - c0 - j * W); }
@@ -283,21 +294,20 @@ constexpr int BACKWARD_BLOCK = 4;
 
 // One direction, one batch row, the channels [c0, c1): chunks backwards, inside them the channels.
 template <bool FULL>
-void backward_item(const Scan& s, const Direction& d, Partials& out, bool first, int64_t b, int64_t group,
-                   int64_t groups, int64_t c0, int64_t c1) {
+void backward_item(const Scan& s, const Direction& d, const Rates& rates, Partials& out, bool first, int64_t b,
+                   int64_t group, int64_t groups, int64_t c0, int64_t c1) {
   int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W, D = s.channels;
   auto lanes = [&](int64_t j) { return FULL ? W : (int)std::min<int64_t>(W, c1 - c0 - j * W); };
   bool by_softplus = s.softplus;
-  auto memory = allocate<vf>(vectors * (3 * N + 5) + 2 * CHUNK * BACKWARD_BLOCK);
+  const vf *A = &rates.A[c0 / W * N], *bound = &rates.bound[c0 / W];
+  auto memory = allocate<vf>(vectors * (2 * N + 4) + 2 * CHUNK * BACKWARD_BLOCK);
   auto tile = allocate<Adjoint>(vectors);
-  vf *A = memory.get(), *carry = A + vectors * N, *dA = carry + vectors * N, *dD = dA + vectors * N;
-  vf *dbias = dD + vectors, *bound = dbias + vectors, *skip = bound + vectors, *bias = skip + vectors;
-  vf* dB = bias + vectors;
-  std::fill(carry, bound, vf{});
+  vf *carry = memory.get(), *dA = carry + vectors * N, *dD = dA + vectors * N, *dbias = dD + vectors;
+  vf *skip = dbias + vectors, *bias = skip + vectors, *dB = bias + vectors;
+  std::fill(carry, skip, vf{});
   Item m{s, d, out, b, group, groups, c0, vectors, A, carry, dA, tile.get(), dB, dB + CHUNK * BACKWARD_BLOCK};
   for (int64_t j = 0; j < vectors; ++j) {
     int64_t c = c0 + j * W;
-    bound[j] = load_A(s, d, c, lanes(j), A + j * N);
     bias[j] = d.dt_bias ? load(d.dt_bias + c, lanes(j)) : vf{};
     skip[j] = d.D ? load(d.D + c, lanes(j)) : vf{};
   }
@@ -415,17 +425,28 @@ int dis_ssm_has_openmp() {
 #endif
 }
 
+// v[i] = 2^(scale v[i]), `rounds` times, count a multiple of 128: the decay alone, the floor that benchmarks compare with.
+void dis_ssm_exp2(float* v, int64_t count, float scale, int64_t rounds) {
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; i += W) store(v + i, exp2_product<true>(load(v + i), splat(scale)));
+  }
+}
+
 // Both return 0, or 1 if memory ran out.
-int dis_ssm_scan_forward(const Scan* s, int threads) {
-  int64_t tiles = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
-  return !parallel(s->batch * tiles, threads, [&](int64_t i) {
-    int64_t c = i % tiles * ITEM_CHANNELS;
-    int64_t end = std::min(c + ITEM_CHANNELS, s->channels);
-    ((end - c) % W ? forward_item<false> : forward_item<true>)(*s, i / tiles, c, end);
+int dis_ssm_scan_forward(const Scan* s, int threads) try {
+  const Rates rates[] = {{*s, s->direction[0]}, {*s, s->direction[s->directions - 1]}};
+  int64_t groups = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
+  return !parallel(s->batch * groups, threads, [&](int64_t i) {
+    int64_t c = i % groups * ITEM_CHANNELS, end = std::min(c + ITEM_CHANNELS, s->channels);
+    ((end - c) % W ? forward_item<false> : forward_item<true>)(*s, rates, i / groups, c, end);
   });
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 int dis_ssm_scan_backward(const Scan* s, int threads) try {
+  const Rates rates[] = {{*s, s->direction[0]}, {*s, s->direction[s->directions - 1]}};
   int64_t groups = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
   auto end = [&](int64_t g) { return std::min((g + 1) * ITEM_CHANNELS, s->channels); };
   Partials partials[2];
@@ -437,7 +458,7 @@ int dis_ssm_scan_backward(const Scan* s, int threads) try {
   bool ok = parallel(s->batch * groups * s->directions, threads, [&](int64_t i) {
     int64_t e = i % s->directions, g = i / s->directions % groups, b = i / s->directions / groups;
     auto run = (end(g) - g * ITEM_CHANNELS) % W ? backward_item<false> : backward_item<true>;
-    run(*s, s->direction[e], partials[e], e == 0, b, g, groups, g * ITEM_CHANNELS, end(g));
+    run(*s, s->direction[e], rates[e], partials[e], e == 0, b, g, groups, g * ITEM_CHANNELS, end(g));
   });
   for (int64_t e = 0; ok && e < s->directions; ++e) {
     const Direction& d = s->direction[e];

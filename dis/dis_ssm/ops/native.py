@@ -139,6 +139,7 @@ def library() -> ctypes.CDLL:
         raise BackendError(f"cannot load {path}: {error}; delete it to rebuild") from None
     for function in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
         getattr(lib, f"dis_ssm_{function}").argtypes = [ctypes.c_void_p, ctypes.c_int]
+    lib.dis_ssm_exp2.argtypes = [ctypes.c_void_p, *(ctypes.c_int64, ctypes.c_float, ctypes.c_int64)]
     lib.dis_ssm_chunk.restype = ctypes.c_int64
     return lib
 
