@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
+from dis_ssm.ops.backend import select
+from dis_ssm.ops.conv import MAX_WIDTH, conv_backward_op, conv_op
+from dis_ssm.ops.scan import scan_backward_op, scan_op
 
 
 class Direction(nn.Module):
@@ -28,13 +31,28 @@ class Direction(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
-        self.splits = [dt_rank, d_state, d_state]
 
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, L, I) -> dt before bias and softplus (B, L, I), A (I, N), B and C (B, L, N)."""
-        dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
-        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
-        return F.linear(dt, self.dt_proj.weight), -torch.exp(A_log), B, C
+        dt, B, C = split(self.x_proj(x), self.A_log)
+        return F.linear(dt, self.dt_proj.weight), rates(self.A_log), B, C
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parameters in the order of :class:`MixerCore`."""
+        return (
+            self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
+            self.dt_proj.bias, self.A_log, self.D,
+        )  # fmt: skip
+
+
+def rates(A_log: Tensor) -> Tensor:
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def split(projected: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_proj's output (B, L, R + 2 N) -> dt before dt_proj (B, L, R), B and C (B, L, N)."""
+    state = A_log.shape[1]
+    return projected.split([projected.shape[-1] - 2 * state, state, state], dim=-1)
 
 
 class BiMamba(nn.Module):
@@ -60,7 +78,15 @@ class BiMamba(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         f, b = self.forward_scan, self.backward_scan
-        x, z = self.in_proj(h).chunk(2, dim=-1)
+        xz = self.in_proj(h)
+        tensors = (xz, *f.tensors(), *b.tensors(), self.out_proj.weight)
+        width = f.conv_weight.shape[1]
+        beyond = f"width {width} > {MAX_WIDTH}" if width > MAX_WIDTH else ""
+        if select(None, *tensors, unsupported=beyond) in ("cpu", "cuda"):
+            save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            return MixerCore.apply(*tensors, save)
+
+        x, z = xz.chunk(2, dim=-1)
         x_f, x_b = bidirectional_causal_conv1d(
             x, f.conv_weight, b.conv_weight, f.conv_bias, b.conv_bias
         )
@@ -71,3 +97,70 @@ class BiMamba(nn.Module):
             f.dt_proj.bias, b.dt_proj.bias,
         )  # fmt: skip
         return self.out_proj(y)
+
+
+class MixerCore(torch.autograd.Function):
+    """:class:`BiMamba` after in_proj, on the kernels, keeping little for the backward pass.
+
+    Kept: in_proj's output, both x_proj outputs, the sum before the gate and the scan's states at
+    chunk starts. The convolutions, Δ before its bias and the gated output are computed again.
+    Everything runs in in_proj's output dtype, except A, D and the biases, which the kernels take in
+    float32 as they take all sums.
+    """
+
+    @staticmethod
+    def forward(ctx, xz: Tensor, *parameters_and_save) -> Tensor:
+        *parameters, save = parameters_and_save
+        f, b, out_weight = parameters[:7], parameters[7:14], parameters[14]
+        z = xz.chunk(2, dim=-1)[1]
+        inputs, projected = _scan_inputs(xz, f, b)
+        y, pregate, states = scan_op(*inputs, z, True, False, save)
+        if save:
+            ctx.save_for_backward(xz, *projected, pregate, states, *parameters)
+        return F.linear(y, out_weight.to(y.dtype))
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        xz, projected_f, projected_b, pregate, states, *parameters = ctx.saved_tensors
+        f, b, out_weight = parameters[:7], parameters[7:14], parameters[14]
+        x, z = xz.chunk(2, dim=-1)
+        inputs, _ = _scan_inputs(xz, f, b, (projected_f, projected_b))
+        y = (pregate * F.silu(z.float())).to(xz.dtype)
+        dout = dout.to(xz.dtype)
+        dy, dout_weight = dout @ out_weight.to(dout.dtype), _weight_grad(dout, y)
+        grads = scan_backward_op(dy, pregate, states, *inputs, z, True, False)
+        dx_f, d_f = _direction_backward(grads[:7], inputs[0], projected_f, f)
+        dx_b, d_b = _direction_backward(grads[7:14], inputs[7], projected_b, b)
+        dx, *d_conv = conv_backward_op(dx_f, dx_b, x, f[0], f[1], b[0], b[1], True, False)
+        found = (*d_conv[:2], *d_f, *d_conv[2:], *d_b, dout_weight)
+        found = (g.to(p.dtype) for g, p in zip(found, parameters, strict=True))
+        return torch.cat([dx, grads[14]], dim=-1), *found, None
+
+
+def _scan_inputs(xz, f, b, projected=None):
+    """The scan's fourteen directional inputs and both x_proj outputs, which may be given."""
+    x_f, x_b = conv_op(xz.chunk(2, dim=-1)[0], f[0], f[1], b[0], b[1], True, False)
+    if projected is None:
+        projected = [F.linear(x, p[2].to(x.dtype)) for x, p in ((x_f, f), (x_b, b))]
+    inputs = []
+    for x, low, parameters in ((x_f, projected[0], f), (x_b, projected[1], b)):
+        _, _, _, dt_weight, dt_bias, A_log, D = parameters
+        dt, B, C = split(low, A_log)
+        inputs += x, F.linear(dt, dt_weight.to(x.dtype)), rates(A_log), B, C, D, dt_bias
+    return inputs, projected
+
+
+def _direction_backward(grads, x, projected, parameters):
+    """dx and the gradients of x_proj, dt_proj, its bias, A_log and D."""
+    dx, ddt, dA, dB, dC, dD, ddt_bias = grads
+    _, _, x_weight, dt_weight, _, A_log, _ = parameters
+    dt, _, _ = split(projected, A_log)
+    dprojected = torch.cat([ddt @ dt_weight.to(ddt.dtype), dB, dC], dim=-1)
+    dx = dx + dprojected @ x_weight.to(dx.dtype)
+    dx_weight, ddt_weight = _weight_grad(dprojected, x), _weight_grad(ddt, dt)
+    return dx, (dx_weight, ddt_weight, ddt_bias, dA * rates(A_log), dD)
+
+
+def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    """Of W in y = x Wᵀ."""
+    return dy.flatten(0, 1).T @ x.flatten(0, 1)

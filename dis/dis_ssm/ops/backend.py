@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import native
+from dis_ssm.ops import cuda, native, peer
 
 log = logging.getLogger("dis_ssm")
 
@@ -29,17 +29,16 @@ def _forced() -> str | None:
 
 
 @_constant
-def _native_ready(forced: bool) -> bool:
-    reason = native.why_not()
-    if reason and not forced:
-        _say_once(f"running the PyTorch reference on the CPU, far slower than the kernel: {reason}")
-    return reason is None
+def _why_not(backend: str) -> str | None:
+    return {"cpu": native, "cuda": cuda, "mamba_ssm": peer}[backend].why_not()
 
 
 @_constant
-def _no_cuda_kernel() -> bool:
-    _say_once("running the PyTorch reference on the GPU: this version has no fused CUDA kernel")
-    return True
+def _ready(backend: str) -> bool:
+    if reason := _why_not(backend):
+        where = "CPU" if backend == "cpu" else "GPU"
+        _say_once(f"running the PyTorch reference, far slower than the {where} kernel: {reason}")
+    return reason is None
 
 
 @functools.cache
@@ -48,7 +47,7 @@ def _say_once(message: str) -> None:
 
 
 def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: str = "") -> str:
-    """The backend to run: ``"reference"`` or ``"cpu"``.
+    """The backend to run, one of ``BACKENDS``.
 
     Args:
         backend: None picks the best that can run; a name forces it.
@@ -63,51 +62,67 @@ def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: 
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     double = any(t is not None and t.dtype is torch.float64 for t in (x, *others))
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        unsupported = unsupported or "torch.func's transforms"
+    kernel = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(x.device.type)
     if backend is None:
-        if x.device.type == "cuda":
-            _no_cuda_kernel()
-        elif x.device.type in ("cpu", "meta") and not double and _native_ready(False):
+        if kernel and not double and _ready(kernel):
             if not unsupported:
-                return "cpu"
+                return kernel
             if not torch.compiler.is_compiling():
                 _say_once(f"running the PyTorch reference: the kernel does not do {unsupported}")
         return "reference"
-    if backend == "cpu":
-        if x.device.type not in ("cpu", "meta"):
-            raise ValueError(
-                f"backend 'cpu' got a tensor on {x.device}; move it or use backend=None"
-            )
-        if double:
-            raise ValueError(
-                "backend 'cpu' computes in float32; use backend='reference' for float64"
-            )
-        if unsupported:
-            raise ValueError(f"backend 'cpu': {unsupported}; use backend='reference'")
-        if not _native_ready(True):
-            raise native.BackendError(f"backend 'cpu' cannot run: {native.why_not()}")
-    elif backend != "reference":
-        raise native.BackendError(
-            f"backend {backend!r} is not part of this version; use backend=None"
+    if backend == "reference":
+        return backend
+    if backend not in (kernel, "mamba_ssm"):
+        raise ValueError(
+            f"backend {backend!r} got a tensor on {x.device}; move it or use backend=None"
         )
+    if double:
+        raise ValueError(
+            f"backend {backend!r} computes in float32; use backend='reference' for float64"
+        )
+    if unsupported:
+        raise ValueError(f"backend {backend!r}: {unsupported}; use backend='reference'")
+    if reason := _why_not(backend):
+        raise native.BackendError(f"backend {backend!r} cannot run: {reason}")
     return backend
 
 
+def no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "the kernels have no second derivative: use backend='reference', "
+        "or DIS_SSM_BACKEND=reference for the whole process"
+    )
+
+
 def backend_report() -> list[str]:
-    """One line per backend: whether it runs here, and why or why not."""
-    reason = native.why_not()
-    if reason is None:
+    """What runs by default and why, then one line per backend: where it runs, or what it lacks."""
+    reasons = {backend: _why_not(backend) for backend in ("cuda", "cpu", "mamba_ssm")}
+    if reasons["cpu"] is None:
         threads = f"{torch.get_num_threads()} threads"
         if not native.library().dis_ssm_has_openmp():
             threads = "1 thread, the compiler has no OpenMP"
-        where = native.cache_dir()
-        cpu = f"native kernels, {native.instruction_set()}, {threads}, compiled into {where}"
-    else:
-        cpu = f"not available: {reason}"
-    lines = [f"cpu: {cpu}", "reference: plain PyTorch, every device and dtype"]
-    if torch.cuda.is_available():
-        lines.append(
-            f"cuda ({torch.cuda.get_device_name()}): runs the reference, no fused kernel yet"
-        )
+    lines = []
+    for backend, reason in reasons.items():
+        if reason:
+            lines.append(f"{backend}: not available: {reason}")
+        elif backend == "cpu":
+            lines.append(f"cpu: native kernels, {native.instruction_set()}, {threads}")
+        elif backend == "cuda":
+            lines.append(f"cuda: fused kernels on {torch.cuda.get_device_name()}")
+        else:
+            lines.append("mamba_ssm: for comparison; never chosen by itself")
+    lines.append("reference: plain PyTorch, every device and dtype")
+    lines.append(f"compiled kernels are kept in {native.cache_dir()}")
     if forced := _forced():
-        lines.append(f"DIS_SSM_BACKEND={forced} forces this backend")
+        reason = f"unknown, choose one of {', '.join(BACKENDS)}"
+        if forced in BACKENDS:
+            reason = reasons.get(forced)
+        refused = f" and cannot run: {reason}" if reason else ""
+        lines.insert(0, f"DIS_SSM_BACKEND={forced} is forced{refused}")
+    else:
+        best = {d: d if reasons[d] is None else "reference" for d in ("cpu", "cuda")}
+        gpu = f", on the GPU: {best['cuda']}" if torch.cuda.is_available() else ""
+        lines.insert(0, f"runs by default on the CPU: {best['cpu']}{gpu}")
     return lines

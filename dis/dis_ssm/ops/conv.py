@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import native
-from dis_ssm.ops.backend import select
+from dis_ssm.ops import cuda, native, peer
+from dis_ssm.ops.backend import no_second_derivative, select
 
 MAX_WIDTH = 4  # of the native kernel
 
@@ -41,8 +44,9 @@ def causal_conv1d(
         RuntimeError: a forced backend that cannot run here.
     """
     _check(x, activation, weight=weight, bias=bias)
-    if select(backend, x, weight, bias, unsupported=_limit(weight)) == "reference":
-        return causal_conv1d_reference(x, weight, bias, activation, reverse)
+    chosen = select(backend, x, weight, bias, unsupported=_limit(weight))
+    if chosen in PLAIN:
+        return PLAIN[chosen](x, weight, bias, activation, reverse)
     return conv_op(x, weight, bias, None, None, activation == "silu", reverse)[0]
 
 
@@ -62,9 +66,10 @@ def bidirectional_causal_conv1d(
     _check(x, activation, weight_f=weight_f, bias_f=bias_f)
     _check(x, activation, weight_b=weight_b, bias_b=bias_b)
     limit = _limit(weight_f, weight_b)
-    if select(backend, x, weight_f, weight_b, bias_f, bias_b, unsupported=limit) == "reference":
-        y_f = causal_conv1d_reference(x, weight_f, bias_f, activation)
-        return y_f, causal_conv1d_reference(x, weight_b, bias_b, activation, reverse=True)
+    chosen = select(backend, x, weight_f, weight_b, bias_f, bias_b, unsupported=limit)
+    if chosen in PLAIN:
+        y_f = PLAIN[chosen](x, weight_f, bias_f, activation, False)
+        return y_f, PLAIN[chosen](x, weight_b, bias_b, activation, True)
     y_f, y_b = conv_op(x, weight_f, bias_f, weight_b, bias_b, activation == "silu", False)
     return y_f, y_b
 
@@ -80,6 +85,9 @@ def causal_conv1d_reference(x, weight, bias=None, activation="silu", reverse=Fal
     bias = None if bias is None else bias.to(wide)
     y = F.conv1d(tokens, weight[:, None], bias, groups=channels).transpose(1, 2)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+PLAIN = {"reference": causal_conv1d_reference, "mamba_ssm": peer.causal_conv1d}
 
 
 def _check(x: Tensor, activation: str | None, **parameters: Tensor | None) -> None:
@@ -130,6 +138,9 @@ def conv_op(
     return [y.to(x.dtype) for y in outputs]
 
 
+conv_op.register_kernel("cuda")(cuda.conv_forward)
+
+
 @conv_op.register_fake
 def _(x, weight_f, bias_f, weight_b, bias_b, silu, reverse):
     return [x.new_empty(x.shape) for _ in range(1 if weight_b is None else 2)]
@@ -163,6 +174,9 @@ def conv_backward_op(
     ]
 
 
+conv_backward_op.register_kernel("cuda")(cuda.conv_backward)
+
+
 @conv_backward_op.register_fake
 def _(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse):
     inputs = (x, weight_f, bias_f, weight_b, bias_b)
@@ -185,6 +199,18 @@ def _backward(ctx, dys):
 
 
 conv_op.register_autograd(_backward, setup_context=_setup_context)
+conv_backward_op.register_autograd(no_second_derivative)
+
+
+@register_flop_formula(torch.ops.dis_ssm.conv)
+def _(x, weight, bias, weight_b, *args, **kwargs) -> int:
+    return (1 if weight_b is None else 2) * 2 * math.prod(x) * weight[1]
+
+
+@register_flop_formula(torch.ops.dis_ssm.conv_backward)
+def _(dy, dy_b, x, weight, bias, weight_b, *args, **kwargs) -> int:
+    """The filter again, dx and the filter's gradient."""
+    return (1 if weight_b is None else 2) * 6 * math.prod(x) * weight[1]
 
 
 class _Call:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import native
-from dis_ssm.ops.backend import select
+from dis_ssm.ops import cuda, native, peer
+from dis_ssm.ops.backend import no_second_derivative, select
 
 
 def selective_scan(
@@ -43,7 +44,7 @@ def selective_scan(
         D, dt_bias: (d,).
         dt_softplus: False uses dt + dt_bias as it is.
         reverse: run from the last token to the first.
-        backend: None for the best that can run, or "reference" or "cpu".
+        backend: None for the best that can run, or one of "reference", "cpu", "cuda", "mamba_ssm".
 
     Returns:
         (b, l, d) in x's dtype.
@@ -54,8 +55,9 @@ def selective_scan(
     """
     forward = (x, dt, A, B, C, D, dt_bias)
     _check(z, dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias))
-    if select(backend, *forward, z) == "reference":
-        return selective_scan_reference(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+    chosen = select(backend, *forward, z, unsupported=_limit(x, A))
+    if chosen in PLAIN:
+        return PLAIN[chosen](x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
     return _native(forward, (None,) * 7, z, dt_softplus, reverse)
 
 
@@ -88,9 +90,11 @@ def bidirectional_selective_scan(
     _check(z, dict(x_b=x_b, dt_b=dt_b, A_b=A_b, B_b=B_b, C_b=C_b, D_b=D_b, dt_bias_b=dt_bias_b))
     if x_f.shape != x_b.shape:
         raise ValueError(f"x_b must have x_f's shape {tuple(x_f.shape)}, got {tuple(x_b.shape)}")
-    if select(backend, *forward, *backward, z) == "reference":
-        y_f = selective_scan_reference(*forward[:6], None, dt_bias_f, dt_softplus)
-        y_b = selective_scan_reference(*backward[:6], None, dt_bias_b, dt_softplus, reverse=True)
+    limit = _limit(x_f, A_f, A_b)
+    chosen = select(backend, *forward, *backward, z, unsupported=limit)
+    if chosen in PLAIN:
+        y_f = PLAIN[chosen](*forward[:6], None, dt_bias_f, dt_softplus, False)
+        y_b = PLAIN[chosen](*backward[:6], None, dt_bias_b, dt_softplus, True)
         wide = torch.promote_types(x_f.dtype, torch.float32)
         y = y_f.to(wide) + y_b.to(wide)
         return (y if z is None else y * F.silu(z.to(wide))).to(x_f.dtype)
@@ -101,25 +105,29 @@ def selective_scan_reference(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=True, reverse=False
 ) -> Tensor:
     """:func:`selective_scan` token by token in plain PyTorch: any device, any floating dtype."""
-    dtype = x.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    x, dt, A, B, C = (t.to(wide) for t in (x, dt, A, B, C))
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(wide)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    tokens = list(zip(dt.unbind(1), (dt * x).unbind(1), B.unbind(1), C.unbind(1), strict=True))
-    h = x.new_zeros(x.shape[0], *A.shape)
-    outputs = []
-    for dt_t, dtx_t, B_t, C_t in reversed(tokens) if reverse else tokens:
-        h = torch.exp(dt_t[..., None] * A) * h + dtx_t[..., None] * B_t[:, None]
-        outputs.append((h @ C_t[..., None]).squeeze(-1))
-    y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x
-    if D is not None:
-        y = y + D.to(wide) * x
-    if z is not None:
-        y = y * F.silu(z.to(wide))
-    return y.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        x, dt, B, C = (t.to(wide) for t in (x, dt, B, C))
+        A = A.to(wide).T
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(wide)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        tokens = list(zip(dt.unbind(1), (dt * x).unbind(1), B.unbind(1), C.unbind(1), strict=True))
+        h, outputs = x.new_zeros(x.shape[0], *A.shape), []
+        for dt_t, dtx_t, B_t, C_t in reversed(tokens) if reverse else tokens:
+            h = torch.exp(dt_t[:, None] * A) * h + B_t[..., None] * dtx_t[:, None]
+            outputs.append((C_t[:, None] @ h).squeeze(1))
+        y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x
+        if D is not None:
+            y = y + D.to(wide) * x
+        if z is not None:
+            y = y * F.silu(z.to(wide))
+        return y.to(dtype)
+
+
+PLAIN = {"reference": selective_scan_reference, "mamba_ssm": peer.selective_scan}
 
 
 def _check(z: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
@@ -141,6 +149,14 @@ def _check(z: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name} is on {t.device}, the rest on {x.device}")
         if not t.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {t.dtype}")
+
+
+def _limit(x: Tensor, *matrices: Tensor) -> str:
+    sizes = {A.shape[1] for A in matrices}
+    if len(sizes) > 1:
+        return f"two state sizes {sorted(sizes)} in one call"
+    too_many = x.is_cuda and max(sizes) > cuda.MAX_STATE
+    return f"state size {max(sizes)} > {cuda.MAX_STATE} on a GPU" if too_many else ""
 
 
 def _native(forward: tuple, backward: tuple, z: Tensor | None, dt_softplus: bool, reverse: bool):
@@ -188,6 +204,9 @@ def scan_op(
         call.scan.pregate = native.pointer(pregate)
     native.run("scan_forward", call.scan)
     return out.to(x_f.dtype), pregate, states
+
+
+scan_op.register_kernel("cuda")(cuda.scan_forward)
 
 
 @scan_op.register_fake
@@ -241,6 +260,9 @@ def scan_backward_op(
     ]
 
 
+scan_backward_op.register_kernel("cuda")(cuda.scan_backward)
+
+
 @scan_backward_op.register_fake
 def _(dout, pregate, states, *args):
     x = args[0]
@@ -265,6 +287,24 @@ def _backward(ctx, dout, *_):
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
+scan_backward_op.register_autograd(no_second_derivative)
+
+# For each token, channel and state of a direction, an exponential counted as one: ΔA, exp, h (3)
+# and C·h (2); backwards the first five again and g (2), g a h', dC, dB, g·B, dΔ, dA (2 each), a g.
+_FORWARD_FLOPS, _BACKWARD_FLOPS = 7, 19
+
+
+@register_flop_formula(torch.ops.dis_ssm.scan)
+def _(x, dt, A, B, C, D, bias, x_b, *args, **kwargs) -> int:
+    batch, length, channels = x
+    return (1 if x_b is None else 2) * _FORWARD_FLOPS * batch * length * channels * A[1]
+
+
+@register_flop_formula(torch.ops.dis_ssm.scan_backward)
+def _(dout, pregate, states, x, dt, A, B, C, D, bias, x_b, *args, **kwargs) -> int:
+    batch, length, channels = x
+    return (1 if x_b is None else 2) * _BACKWARD_FLOPS * batch * length * channels * A[1]
+
 
 CHUNK = 32  # tokens between two kept states; scan.cpp's
 

@@ -1,0 +1,506 @@
+"""The CUDA kernels: compiled by NVRTC at first use, cached on disk, launched on torch's stream.
+
+The sources in ``kernels/cuda`` need neither nvcc nor torch's headers. One program holds the kernels
+for one I/O type and one state size; its cubin is kept beside the CPU library, under a name that
+hashes sources, options, architecture and compiler version. ``cuda.core`` is imported on first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dis_ssm.ops.native import BackendError, cache_dir
+
+log = logging.getLogger("dis_ssm")
+
+SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
+INSTALL = "pip install 'dis-ssm[cuda]'"
+IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MAX_STATE = 64
+CHUNK = 32  # tokens between two kept states; scan.cu's
+MAX_PLANES = 10
+_DIGEST = hashlib.sha256().digest_size
+
+
+# ---- programs --------------------------------------------------------------------------------
+
+
+@functools.cache
+def missing() -> str | None:
+    """None if this machine has what the kernels need, else what it lacks."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need compute capability 8.0 or newer"
+    try:
+        if importlib.util.find_spec("cuda.core") is None:
+            return f"cuda-core is missing; {INSTALL}"
+        _nvrtc_version()
+    except (ImportError, RuntimeError) as error:
+        return f"NVRTC does not load ({error}); {INSTALL}"
+    return None
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None if the kernels run here and give the reference's numbers on a small problem, else why."""
+    if reason := missing():
+        return reason
+    try:
+        error = _largest_error()
+    except RuntimeError as failure:
+        return f"the kernels do not run on {torch.cuda.get_device_name()}: {failure}"
+    if not error < 1e-4:
+        return f"the kernels are wrong by {error:.2g} on {torch.cuda.get_device_name()}"
+    return None
+
+
+def _largest_error() -> float:
+    """Of values and gradients, against float64, relative to the largest entry of each."""
+    from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
+    from dis_ssm.ops.conv import conv_op
+    from dis_ssm.ops.scan import scan_op
+
+    generator = torch.Generator().manual_seed(0)
+    tokens, states, rates, channels = (2, 67, 70), (2, 67, 16), (70, 16), (70,)
+    direction = [(70, 4), tokens, rates, states, states, channels, channels]
+    shapes = [tokens, *direction, *direction, tokens]
+
+    def kernels(x, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z):
+        x_f, x_b = conv_op(x, w_f, None, w_b, None, True, False)
+        forward = x_f, dt_f, A_f, B_f, C_f, D_f, bias_f
+        return scan_op(*forward, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z, True, False, True)[0]
+
+    def exact(x, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z):
+        x_f, x_b = bidirectional_causal_conv1d(x, w_f, w_b, backend="reference")
+        return bidirectional_selective_scan(
+            x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z, bias_f, bias_b,
+            backend="reference",
+        )  # fmt: skip
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        numbers = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        numbers = [-t.abs() if t.shape == rates else t for t in numbers]
+
+        def run(function, dtype):
+            inputs = [t.to("cuda", dtype).requires_grad_() for t in numbers]
+            y = function(*inputs)
+            y.backward(numbers[0].to("cuda", dtype))
+            return [y.detach(), *(t.grad for t in inputs)]
+
+        pairs = zip(run(kernels, torch.float32), run(exact, torch.float64), strict=True)
+        errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
+    return errors.max().item()  # NaN if any is
+
+
+@functools.cache
+def _nvrtc_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    error, major, minor = nvrtc.nvrtcVersion()
+    if int(error):
+        raise BackendError(f"NVRTC failed with {error!r}")
+    return major, minor
+
+
+def compile_cubin(source: str, arch: str, macros: dict[str, int], log_to=None) -> bytes:
+    """``source``.cu for ``arch`` ("sm_90"); ``log_to`` collects ptxas' resource report.
+
+    Raises:
+        BackendError: the compiler refused; the message holds its first lines.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=source,
+        arch=arch,
+        std="c++17",
+        include_path=str(SOURCES),
+        define_macro=[(name, str(value)) for name, value in macros.items()],
+        ptxas_options=None if log_to is None else ["-v"],
+    )
+    try:
+        program = Program((SOURCES / f"{source}.cu").read_text(), "c++", options)
+        return bytes(program.compile("cubin", logs=log_to).code)
+    except Exception as error:
+        reason = " / ".join(str(error).strip().splitlines()[:8])
+        raise BackendError(f"NVRTC could not compile {source}.cu for {arch}: {reason}") from error
+
+
+def cached_cubin(source: str, arch: str, macros: dict[str, int]) -> bytes:
+    """:func:`compile_cubin` through the disk cache. A damaged file is built again."""
+    key = hashlib.sha256(repr((source, arch, sorted(macros.items()), _nvrtc_version())).encode())
+    for path in sorted(SOURCES.iterdir()):
+        key.update(path.name.encode() + path.read_bytes())
+    path = cache_dir() / f"cuda-{source}-{arch}-{key.hexdigest()[:16]}.cubin"
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]:
+            return data[:-_DIGEST]
+    except OSError:
+        pass
+    cubin = compile_cubin(source, arch, macros)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin + hashlib.sha256(cubin).digest())
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("dis_ssm: cannot cache compiled kernels (%s)", error)
+    return cubin
+
+
+@functools.cache
+def _module(source: str, arch: str, macros: tuple):
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(cached_cubin(source, arch, dict(macros)), name=source)
+
+
+@functools.cache
+def _kernel(source: str, name: str, device: int, macros: tuple, shared: int) -> int:
+    """The handle of a kernel that may use ``shared`` bytes on this device."""
+    from cuda.bindings import driver
+
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    kernel = _module(source, arch, macros).get_kernel(name)
+    handle = driver.CUkernel(int(kernel.handle))
+    if shared > 48 * 1024:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuKernelSetAttribute(attribute, shared, handle, driver.CUdevice(device)))
+    _keep.append(kernel)
+    return int(handle)
+
+
+_keep: list = []  # kernels behind the handles
+
+
+def _check(result: tuple) -> None:
+    if int(result[0]):
+        raise RuntimeError(f"CUDA: {result[0]!r}")
+
+
+def _ensure_context(device: torch.device) -> None:
+    """A thread that has not called CUDA's runtime yet, autograd's say, has no current context."""
+    from cuda.bindings import driver
+
+    if not int(driver.cuCtxGetCurrent()[1]):
+        error, context = driver.cuDevicePrimaryCtxRetain(device.index)
+        _check((error,))
+        _check(driver.cuCtxSetCurrent(context))
+
+
+def _launch(source, name, macros, grid, block, shared, arguments, device) -> None:
+    """One kernel on torch's current stream of ``device``; ``arguments`` is passed by value."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        _ensure_context(device)
+        kernel = _kernel(source, name, device.index, tuple(sorted(macros.items())), shared)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        function = driver.CUfunction(kernel)
+        _check(
+            driver.cuLaunchKernel(
+                function, *grid, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0
+            )
+        )
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def _fields(names: str, kind: type) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *_fields("batch_stride row_stride", ctypes.c_int64)]
+
+
+class ScanDirection(ctypes.Structure):
+    _fields_ = [
+        *_fields("x dt B C", Rows),
+        *_fields("A D dt_bias states dx ddt dB dC dA dD ddt_bias", ctypes.c_void_p),
+        ("reverse", ctypes.c_int64),
+    ]
+
+
+class Scan(ctypes.Structure):
+    _fields_ = [
+        *_fields("batch length channels state directions", ctypes.c_int64),
+        ("direction", ScanDirection * 2),
+        *_fields("z dout", Rows),
+        *_fields("out pregate y dz", ctypes.c_void_p),
+    ]
+
+
+class ConvSide(ctypes.Structure):
+    _fields_ = [
+        *_fields("weight bias y", ctypes.c_void_p),
+        ("dy", Rows),
+        *_fields("dweight dbias", ctypes.c_void_p),
+    ]
+
+
+class Conv(ctypes.Structure):
+    _fields_ = [
+        *_fields("batch length channels silu", ctypes.c_int64),
+        *_fields("past future", ConvSide),
+        ("x", Rows),
+        ("dx", ctypes.c_void_p),
+    ]
+
+
+class Plane(ctypes.Structure):
+    _fields_ = [
+        *_fields("partial out", ctypes.c_void_p),
+        *_fields("rows size as_io", ctypes.c_int64),
+    ]
+
+
+class Sums(ctypes.Structure):
+    _fields_ = [("plane", Plane * MAX_PLANES)]
+
+
+class _Call:
+    """What every op needs: the I/O type, the launch, and tensors kept alive behind pointers."""
+
+    def __init__(self, source: str, x: Tensor, **macros: int):
+        self.source, self.device, self.io = source, x.device, x.dtype
+        self.macros = {"IO": IO_TYPES[x.dtype], **macros}
+        self.keep, self.planes = [], []
+
+    def rows(self, x: Tensor | None) -> Rows:
+        if x is None:
+            return Rows(None, 0, 0)
+        x = x.to(self.io)
+        size = x.element_size()
+        if not (x.stride(-1) == 1 or x.shape[-1] == 1):
+            x = x.contiguous()
+        self.keep.append(x)
+        return Rows(x.data_ptr(), x.stride(0) * size, x.stride(1) * size)
+
+    def vector(self, x: Tensor | None) -> int | None:
+        return None if x is None else self.pointer(x.float().contiguous())
+
+    def pointer(self, x: Tensor | None) -> int | None:
+        self.keep.append(x)
+        return None if x is None else x.data_ptr()
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.io, device=self.device)
+
+    def partial(self, rows: int, like: Tensor | None, dtype: torch.dtype) -> tuple:
+        """A workspace of partial results and the tensor that :meth:`sum` fills from it."""
+        if like is None:
+            return None, None
+        partial = self.empty(rows, *like.shape, dtype=torch.float32)
+        out = self.empty(*like.shape, dtype=dtype)
+        as_io = int(dtype is self.io)
+        self.planes.append(
+            Plane(self.pointer(partial), self.pointer(out), rows, out.numel(), as_io)
+        )
+        return partial.data_ptr(), out
+
+    def sum(self) -> None:
+        size = max((plane.size for plane in self.planes), default=0)
+        if size:
+            sums = Sums((Plane * MAX_PLANES)(*self.planes))
+            self.launch("sum_partials", (-(-size // 128), len(self.planes), 1), 128, sums)
+
+    def launch(self, name: str, grid: tuple, block: int, arguments, shared: int = 0, **macros):
+        if all(grid):
+            macros = self.macros | macros
+            _launch(self.source, name, macros, grid, block, shared, arguments, self.device)
+
+
+# ---- the scan --------------------------------------------------------------------------------
+
+FORWARD_THREADS, FORWARD_TILE = 64, 8  # scan.cu's
+FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lanes
+
+
+def _scan(inputs: tuple, dt_softplus: bool, reverse: bool) -> tuple[_Call, Scan]:
+    x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
+    states = next(n for n in (16, 32, 64) if A.shape[1] <= n)
+    warps = backward_warps(states, *_shared_memory(x.device))
+    call = _Call("scan", x, STATES=states, WARPS=warps, SOFTPLUS=int(dt_softplus))
+    scan = Scan(*x.shape, A.shape[1], 1 if x_b is None else 2)
+    for i in range(scan.directions):
+        x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
+        scan.direction[i] = ScanDirection(
+            *(call.rows(t) for t in (x, dt, B, C)),
+            *(call.vector(t) for t in (A, D, bias)),
+            reverse=(i == 1) != reverse,
+        )
+    scan.z = call.rows(z)
+    return call, scan
+
+
+def backward_shared(states: int, warps: int) -> int:
+    """Bytes of shared memory of scan_backward (scan.cu: TILE_FLOATS, WARP_FLOATS)."""
+    step, row = 4, 32 + max(2 * states, 32) + 4
+    warp = CHUNK * row + step * 96 + (CHUNK // step - 1) * states * 32
+    return 4 * (2 * states * (CHUNK + 4) + warps * warp)
+
+
+def backward_warps(states: int, block_limit: int, sm_limit: int) -> int:
+    """Warps of a block: as many as possible on an SM, at most 8 (registers), in large blocks."""
+
+    def resident(warps):
+        shared = backward_shared(states, warps)
+        return 0 if shared > block_limit else min(sm_limit // (shared + 1024) * warps, 8)
+
+    return max((4, 2, 1), key=resident)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes a block may ask for, and bytes of a multiprocessor."""
+    from cuda.bindings import driver
+
+    names = driver.CUdevice_attribute
+    limits = []
+    for name in (
+        names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+    ):
+        result = driver.cuDeviceGetAttribute(name, driver.CUdevice(device.index))
+        _check(result)
+        limits.append(result[1])
+    return limits[0], limits[1]
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """``dis_ssm::scan`` on a GPU: same arguments and results as ``scan_op``."""
+    *inputs, dt_softplus, reverse, save = arguments
+    call, scan = _scan(tuple(inputs), dt_softplus, reverse)
+    x, z, two = inputs[0], inputs[14], scan.directions == 2
+    batch, length, channels = x.shape
+    states = call.macros["STATES"]
+    wide_warps = batch * channels * (states // 16) / 2 / 32
+    apart = wide_warps < FEW_WARPS * _processors(x.device)
+    out = call.empty(*x.shape)
+    keep_sum = save and z is not None
+    total = call.empty(*(x.shape if keep_sum or (two and not apart) else (0,)), dtype=torch.float32)
+    chunks = -(-length // CHUNK)
+    shape = (scan.directions, batch, chunks, scan.state, channels) if save else (0,)
+    kept = call.empty(*shape, dtype=torch.float32)
+    scan.out = call.pointer(out)
+    scan.pregate = total.data_ptr() if total.numel() else None
+    for direction, plane in zip(scan.direction, kept if save else (), strict=False):
+        direction.states = plane.data_ptr()
+    shared = 2 * FORWARD_TILE * 2 * states * 4
+    if length and apart:
+        planes = call.empty(*((2, *x.shape) if two else (0,)), dtype=torch.float32)
+        scan.y = planes.data_ptr()
+        width = FORWARD_THREADS * 4 // states
+        grid = (batch, -(-channels // width), scan.directions)
+        call.launch("scan_forward_apart", grid, FORWARD_THREADS, scan, shared)
+        if two:
+            call.launch("scan_combine", (-(-x.numel() // 256), 1, 1), 256, scan)
+    elif length:
+        grid = (batch, -(-channels // (2 * FORWARD_THREADS * 16 // states)), 1)
+        call.launch(
+            "scan_forward_both" if two else "scan_forward", grid, FORWARD_THREADS, scan, shared
+        )
+    return out, total if keep_sum else call.empty(0, dtype=torch.float32), kept
+
+
+def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> list[Tensor]:
+    """``dis_ssm::scan_backward`` on a GPU: same arguments and results as ``scan_backward_op``."""
+    *inputs, dt_softplus, reverse = arguments
+    call, scan = _scan(tuple(inputs), dt_softplus, reverse)
+    x, z = inputs[0], inputs[14]
+    batch, length, channels = x.shape
+    warps, size = call.macros["WARPS"], call.macros["STATES"]
+    groups = -(-channels // (32 * warps))
+    scan.dout = call.rows(dout)
+    scan.pregate = call.pointer(pregate.contiguous()) if pregate.numel() else None
+    grads: list[Tensor | None] = [None] * 15
+    if z is not None:
+        grads[14] = call.empty(*x.shape)
+        scan.dz = call.pointer(grads[14])
+    rows = batch if length else 0
+    states = states.contiguous()
+    for i, direction in enumerate(scan.direction[: scan.directions]):
+        *_, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
+        direction.states = states[i].data_ptr()
+        dx, ddt = call.empty(*x.shape), call.empty(*x.shape)
+        direction.dx, direction.ddt = call.pointer(dx), call.pointer(ddt)
+        direction.dB, dB = call.partial(groups, B, call.io)
+        direction.dC, dC = call.partial(groups, C, call.io)
+        direction.dA, dA = call.partial(rows, A, torch.float32)
+        direction.dD, dD = call.partial(rows, D, torch.float32)
+        direction.ddt_bias, ddt_bias = call.partial(rows, bias, torch.float32)
+        grads[7 * i : 7 * i + 7] = dx, ddt, dA, dB, dC, dD, ddt_bias
+    if length:
+        shared = backward_shared(size, warps)
+        call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
+    call.sum()
+    return [
+        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
+    ]
+
+
+# ---- the convolution -------------------------------------------------------------------------
+
+CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
+
+
+def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide], tuple]:
+    call = _Call("conv", x, K=weights[0].shape[1])
+    conv = Conv(*x.shape, silu)
+    conv.x = call.rows(x)
+    sides = [conv.past, conv.future][:: -1 if reverse else 1][: 1 if weights[1] is None else 2]
+    for side, weight, bias in zip(sides, weights, biases, strict=False):
+        side.weight, side.bias = call.vector(weight), call.vector(bias)
+    segments = -(-x.shape[1] // SEGMENT)
+    return call, conv, sides, (x.shape[0] * segments, -(-x.shape[2] // CONV_THREADS), 1)
+
+
+def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
+    """``dis_ssm::conv`` on a GPU: same arguments and results as ``conv_op``."""
+    weights, biases = (weight_f, weight_b), (bias_f, bias_b)
+    call, conv, sides, grid = _conv(x, weights, biases, silu, reverse)
+    outputs = [call.empty(*x.shape) for _ in sides]
+    for side, y in zip(sides, outputs, strict=True):
+        side.y = call.pointer(y)
+    call.launch("conv_forward", grid, CONV_THREADS, conv)
+    return outputs
+
+
+def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
+    """``dis_ssm::conv_backward`` on a GPU: same arguments and results as ``conv_backward_op``."""
+    inputs = (x, weight_f, bias_f, weight_b, bias_b)
+    call, conv, sides, grid = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    dx = call.empty(*x.shape)
+    conv.dx = call.pointer(dx)
+    grads = [dx, None, None, None, None]
+    for i, (side, dy) in enumerate(zip(sides, (dy_f, dy_b), strict=False)):
+        side.dy = call.rows(dy)
+        side.dweight, grads[1 + 2 * i] = call.partial(grid[0], inputs[1 + 2 * i], torch.float32)
+        side.dbias, grads[2 + 2 * i] = call.partial(grid[0], inputs[2 + 2 * i], torch.float32)
+    call.launch("conv_backward", grid, CONV_THREADS, conv)
+    call.sum()
+    return [
+        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
+    ]

@@ -1,0 +1,34 @@
+// The few GPU instructions that C++ has no name for. Tests on the CPU put host functions in their place.
+#ifndef DIS_SSM_PRIMITIVES
+#define DIS_SSM_PRIMITIVES
+
+extern __shared__ float4 dynamic_shared[];
+
+// 2^x within 2 ulp; 0 and denormals of the result become 0, inf and NaN pass.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+  return y;
+}
+
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+__device__ __forceinline__ float bfloat16_to_float(unsigned short bits) { return __uint_as_float(bits << 16); }
+
+__device__ __forceinline__ unsigned short float_to_bfloat16(float x) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+#endif

@@ -1,0 +1,498 @@
+// Selective scan on the GPU, one or two directions, forward and backward.
+//
+//   Delta_t = softplus(dt_t + bias)       a_t = exp(Delta_t A)      h_t = a_t h_{t-1} + Delta_t B_t x_t
+//   y_t     = C_t . h_t + D x_t           out = (sum of y over directions) * silu(z)
+//
+// Everything is channels-last. A thread keeps the states of its channels in registers and walks the tokens;
+// B and C of a tile of tokens lie in shared memory and are read by broadcast. The reverse direction is index
+// arithmetic. Nothing is atomic: every sum has a fixed order. STATES (16, 32 or 64; N is padded with zeros), WARPS
+// (of a backward block), SOFTPLUS and IO are set on the command line.
+// Letters: b batch, t token in memory, i token in scan order, c channel, n state.
+#include "common.cuh"
+
+constexpr int CHUNK = 32;  // tokens between two states kept for the backward pass
+constexpr int WARP = 32;
+constexpr unsigned ALL = 0xffffffffu;
+
+struct Direction {
+  Rows x, dt, B, C;
+  const float *A, *D, *dt_bias;  // (D, N), (D), (D); the last two may be null
+  float* states;                 // (batch, chunks, N, D): state at the start of each chunk, or null
+  io *dx, *ddt;                  // (batch, L, D)
+  float *dB, *dC;                // (groups, batch, L, N), partial
+  float *dA, *dD, *ddt_bias;     // (batch, D, N), (batch, D), (batch, D), partial; the last two may be null
+  int64 reverse;
+};
+
+struct Scan {
+  int64 batch, length, channels, state, directions;
+  Direction direction[2];
+  Rows z, dout;    // z.data may be null
+  io* out;         // (batch, L, D)
+  float* pregate;  // (batch, L, D) sum over directions before the gate; scratch of the forward pass, or null
+  float* y;        // (2, batch, L, D) scratch when the directions have their own blocks
+  io* dz;          // (batch, L, D)
+};
+
+// ---- pieces ------------------------------------------------------------------------------------------------
+
+// The tokens of batch row b in scan order, from channel c on. It is moved along: an addition costs less than a product.
+template <class T>
+struct Walk {
+  char* at;
+  int64 step;  // in bytes
+  __device__ __forceinline__ Walk(const Scan& s, const Direction& d, const void* data, int64 row_stride, int c)
+      : at((char*)data + (d.reverse ? (s.length - 1) * row_stride : 0) + c * (int64)sizeof(T)),
+        step(d.reverse ? -row_stride : row_stride) {}
+  __device__ __forceinline__ T& operator[](int c) const { return ((T*)at)[c]; }
+  __device__ __forceinline__ void move(int tokens) { at += tokens * step; }
+  __device__ __forceinline__ Walk moved(int tokens) const {
+    Walk w = *this;
+    w.move(tokens);
+    return w;
+  }
+};
+
+__device__ __forceinline__ Walk<const io> walk(const Scan& s, const Direction& d, const Rows& rows, int64 b, int c) {
+  return {s, d, rows.data + b * rows.batch_stride, rows.row_stride, c};
+}
+
+template <class T>  // of a contiguous (batch, L, D)
+__device__ __forceinline__ Walk<T> walk(const Scan& s, const Direction& d, T* data, int64 b, int c) {
+  return {s, d, data + b * s.length * s.channels, s.channels * (int64)sizeof(T), c};
+}
+
+__device__ __forceinline__ float time_step(float v) { return SOFTPLUS ? softplus(v) : v; }
+
+__device__ __forceinline__ float optional(const float* p, int c) { return p ? p[c] : 0.0f; }
+
+__device__ __forceinline__ float scaled_A(const Scan& s, const Direction& d, int c, int n) {
+  float A = c < s.channels && n < s.state ? d.A[(int64)c * s.state + n] * LOG2E : 0.0f;
+  return A < -3e38f ? -3e38f : A;  // finite, so that an absent token, whose Delta is 0, has decay 1
+}
+
+__device__ __forceinline__ float4 quad(const float* p) { return *(const float4*)p; }
+
+// Sums COUNT values over the lanes that differ in the bits from MASK down to LAST. Where there are several
+// values a lane keeps half of them a step: the values are scattered over the lanes, highest bit first.
+template <int COUNT, int MASK, int LAST>
+__device__ __forceinline__ void scatter_sum(float* v, int lane) {
+  if constexpr (COUNT > 1) {
+    bool upper = lane & MASK;
+#pragma unroll
+    for (int j = 0; j < COUNT / 2; ++j) {
+      float keep = upper ? v[j + COUNT / 2] : v[j], give = upper ? v[j] : v[j + COUNT / 2];
+      v[j] = keep + __shfl_xor_sync(ALL, give, MASK);
+    }
+  } else {
+    v[0] += __shfl_xor_sync(ALL, v[0], MASK);
+  }
+  if constexpr (MASK > LAST) scatter_sum<(COUNT > 1 ? COUNT / 2 : 1), MASK / 2, LAST>(v, lane);
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------
+
+constexpr int TILE = 8;       // tokens of B and C in shared memory, twice
+constexpr int THREADS = 64;   // of a forward block
+constexpr int AHEAD = 2;      // tokens of x and dt fetched in advance
+static_assert(CHUNK % TILE == 0 && TILE % AHEAD == 0 && THREADS % STATES == 0);
+
+// S states of V channels a thread; STATES / S neighbouring lanes share their channels. The block covers
+// V * THREADS * S / STATES channels. It adds y to the sum that it finds (ADD), and finishes the sum with the gate or
+// leaves it to another (FINISH). Absent channels compute on zeros. C . h is summed in fours of states and then as the
+// butterfly does, so that y does not depend on S.
+template <int S, int V, bool ADD, bool FINISH>
+__device__ __forceinline__ void forward(const Scan& s, const Direction& d, float* sum_data) {
+  constexpr int LANES = STATES / S, CHANNELS = THREADS / LANES, ROW = 2 * STATES;
+  constexpr int PASS = THREADS / STATES, PASSES = TILE / PASS;  // tokens of B and of C that the block fetches at once
+  float* tiles = (float*)dynamic_shared;  // [2][TILE][B 0 .. STATES-1, C 0 .. STATES-1]
+  int64 b = blockIdx.x;
+  int q = threadIdx.x % LANES, c0 = blockIdx.y * (V * CHANNELS) + threadIdx.x / LANES;
+  int own_n = threadIdx.x % STATES, own_i = threadIdx.x / STATES;
+  int length = s.length;
+  bool gated = FINISH && s.z.data, skips = d.D, store_sum = !FINISH || (gated && d.states);
+  float A[V][S], h[V][S], skip[V], bias[V];
+  bool live[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    int c = c0 + v * CHANNELS;
+    live[v] = c < s.channels;
+    skip[v] = live[v] ? optional(d.D, c) : 0.0f;
+    bias[v] = live[v] ? optional(d.dt_bias, c) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < S; ++n) A[v][n] = scaled_A(s, d, c, q * S + n), h[v][n] = 0.0f;
+  }
+
+  auto x_at = walk(s, d, d.x, b, c0), dt_at = walk(s, d, d.dt, b, c0), z_at = walk(s, d, s.z, b, c0);
+  auto sum_at = walk(s, d, sum_data, b, c0), sum_out = sum_at;
+  auto out_at = walk(s, d, s.out, b, c0);
+  struct { io x[V], dt[V], z[V]; float sum[V]; } next[AHEAD] = {};
+  auto fetch = [&](int k, int i) {
+    if (i >= length) return;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (live[v]) {
+        next[k].x[v] = x_at[v * CHANNELS], next[k].dt[v] = dt_at[v * CHANNELS];
+        if (gated) next[k].z[v] = z_at[v * CHANNELS];
+        if (ADD) next[k].sum[v] = sum_at[v * CHANNELS];
+      }
+    x_at.move(1), dt_at.move(1), z_at.move(1), sum_at.move(1);
+  };
+  auto B_at = walk(s, d, d.B, b, own_n).moved(own_i), C_at = walk(s, d, d.C, b, own_n).moved(own_i);
+  float incoming[2 * PASSES];
+  auto fetch_tile = [&](int i0) {
+#pragma unroll
+    for (int j = 0; j < PASSES; ++j) {
+      bool there = i0 + j * PASS + own_i < length && own_n < s.state;
+      incoming[2 * j] = there ? to_float(B_at[0]) : 0.0f;
+      incoming[2 * j + 1] = there ? to_float(C_at[0]) : 0.0f;
+      B_at.move(PASS), C_at.move(PASS);
+    }
+  };
+  auto store_tile = [&](int tile) {
+    float* to = tiles + tile % 2 * (TILE * ROW) + own_i * ROW + own_n;
+#pragma unroll
+    for (int j = 0; j < PASSES; ++j) {
+      to[j * PASS * ROW] = incoming[2 * j];
+      to[j * PASS * ROW + STATES] = incoming[2 * j + 1];
+    }
+  };
+  float* kept = d.states + (b * ((length + CHUNK - 1) / CHUNK) * s.state + q * S) * s.channels + c0;
+
+#pragma unroll
+  for (int k = 0; k < AHEAD; ++k) fetch(k, k);
+  fetch_tile(0);
+  __syncthreads();  // the last tile of the direction before is read
+  store_tile(0);
+  for (int tile = 0; tile * TILE < length; ++tile) {
+    __syncthreads();
+    fetch_tile((tile + 1) * TILE);
+    const float* row = tiles + tile % 2 * (TILE * ROW) + q * S;
+    int i0 = tile * TILE, end = min(i0 + TILE, length);
+    if (d.states && i0 % CHUNK == 0) {
+      float* to = kept;
+#pragma unroll
+      for (int n = 0; n < S; ++n, to += s.channels)
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (live[v] && q * S + n < s.state) to[v * CHANNELS] = h[v][n];
+      kept += s.state * s.channels;
+    }
+
+    for (int i = i0; i < end; i += AHEAD) {
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k, row += ROW) {
+        if (i + k >= end) break;
+        auto now = next[k];
+        fetch(k, i + k + AHEAD);
+        float delta[V], delta_x[V], parts[V][S / 4], y[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          float x = to_float(now.x[v]);
+          delta[v] = time_step(to_float(now.dt[v]) + bias[v]);
+          delta_x[v] = delta[v] * x;
+          parts[v][0] = skips && q == 0 ? skip[v] * x : 0.0f;
+#pragma unroll
+          for (int p = 1; p < S / 4; ++p) parts[v][p] = 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < S; n += 4) {
+          float4 B4 = quad(row + n), C4 = quad(row + STATES + n);
+          float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
+#pragma unroll
+          for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              float decay = exp2_approx(delta[v] * A[v][n + m]);
+              h[v][n + m] = fmaf(decay, h[v][n + m], delta_x[v] * B[m]);
+              parts[v][n / 4] = fmaf(C[m], h[v][n + m], parts[v][n / 4]);
+            }
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if constexpr (LANES > 1)
+#pragma unroll
+            for (int p = 0; p < S / 4; ++p) scatter_sum<1, LANES / 2, 1>(&parts[v][p], q);
+          if constexpr (S == 4) y[v] = parts[v][0];
+          else y[v] = (parts[v][0] + parts[v][2]) + (parts[v][1] + parts[v][3]);
+          if (ADD) y[v] += now.sum[v];
+        }
+        if (store_sum)
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            if (live[v] && q == 0) sum_out[v * CHANNELS] = y[v];
+        if (FINISH) {
+          if (gated)
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              float z = to_float(now.z[v]);
+              y[v] *= z * sigmoid(z);
+            }
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            if (live[v] && q == 0) out_at[v * CHANNELS] = from_float(y[v]);
+        }
+        sum_out.move(1), out_at.move(1);
+      }
+    }
+    store_tile(tile + 1);
+  }
+}
+
+constexpr int BLOCKS = STATES == 16 ? 6 : 4;  // on a multiprocessor
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const __grid_constant__ Scan s) {
+  forward<16, 2, false, true>(s, s.direction[0], s.pregate);
+}
+
+// One direction after the other; a thread picks up its own sum.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward_both(const __grid_constant__ Scan s) {
+  forward<16, 2, false, false>(s, s.direction[0], s.pregate);
+  forward<16, 2, true, true>(s, s.direction[1], s.pregate);
+}
+
+// For few channels and batch rows: a channel over STATES / 4 lanes. Two directions have their own blocks, and leave
+// y to scan_combine.
+extern "C" __global__ void __launch_bounds__(THREADS) scan_forward_apart(const __grid_constant__ Scan s) {
+  if (s.directions == 1) forward<4, 1, false, true>(s, s.direction[0], s.pregate);
+  else forward<4, 1, false, false>(s, s.direction[blockIdx.z], s.y + blockIdx.z * s.batch * s.length * s.channels);
+}
+
+extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
+  int64 rows = s.batch * s.length, size = rows * s.channels;
+  int64 at = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= size) return;
+  float y = s.y[at] + s.y[size + at];
+  if (s.pregate) s.pregate[at] = y;
+  if (s.z.data) {
+    int64 row = at / s.channels;
+    float z = to_float(s.z.at(row / s.length, row % s.length)[at % s.channels]);
+    y *= z * sigmoid(z);
+  }
+  s.out[at] = from_float(y);
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------
+//
+//   g_t  = dy_t C_t + a_{t+1} g_{t+1}     w_t = g_t (a_t h_{t-1})     dB_t = sum_c g_t Delta_t x_t
+//   s1_t = sum_n g_t B_t                  s2_t = sum_n w_t A          dC_t = sum_c dy_t h_t
+//   dx_t = Delta_t s1_t + D dy_t          dA = sum_t w_t Delta_t      ddt_t = (x_t s1_t + s2_t) sigmoid(dt_t + bias)
+//
+// Chunks run backwards from the kept states. A first sweep over the chunk leaves the state before every step of
+// STEP tokens in shared memory; the steps then run backwards, and in each the states one after the other: decays
+// and a h_{t-1} of one state of four channels and STEP tokens are all that has to be in registers.
+//
+// A warp has 32 channels and all states: lane 4 j + q holds the states n = 4 m + q of channels 4 j ... 4 j + 3.
+// Work outside the recurrence is done with lane = channel.
+constexpr int V = 4, S = STATES / 4, STEP = 4, STEPS = CHUNK / STEP;
+
+// Shared memory in floats. B and C of the chunk, [2 STATES][COLUMN], token innermost; then for each warp
+// Delta [32] and Delta x [32] of every token, the latter making room for dB and dC [2 STATES] when it is spent;
+// dy, x, d Delta / d dt and their kin of a step, [STEP][3][32]; the state before each step but the first.
+constexpr int COLUMN = CHUNK + 4, ROW = WARP + (2 * STATES > WARP ? 2 * STATES : WARP) + 4, EDGE = 3 * WARP;
+constexpr int TILE_FLOATS = 2 * STATES * COLUMN;
+constexpr int START_FLOATS = V * S * WARP;
+constexpr int WARP_FLOATS = CHUNK * ROW + STEP * EDGE + (STEPS - 1) * START_FLOATS;
+
+__device__ __forceinline__ void load_quad(const float* p, float (&v)[4]) {
+  float4 f = *(const float4*)p;
+  v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __grid_constant__ Scan s) {
+  float* tile = (float*)dynamic_shared;
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, q = lane % 4;
+  float* rows = tile + TILE_FLOATS + warp * WARP_FLOATS;
+  float* edge = rows + CHUNK * ROW + lane;
+  float* starts = edge + STEP * EDGE;
+
+  const Direction& d = s.direction[blockIdx.z];
+  int64 b = blockIdx.x;
+  int c = blockIdx.y * (WARPS * WARP) + threadIdx.x, c4 = c - q;  // lane = channel; first of the quad
+  int length = s.length, channels = s.channels, state = s.state, chunks = (length + CHUNK - 1) / CHUNK;
+  bool live = c < channels;
+  int near = live ? c : channels - 1;  // absent channels read another's tokens, and count as zeros
+  auto tokens = [&](const Rows& rows, int i) { return walk(s, d, rows, b, near).moved(i); };
+  bool gated = s.z.data, writes_dz = live && blockIdx.z == 0, skips = d.D;
+  float bias = optional(d.dt_bias, near), skip = optional(d.D, near);
+  float dD = 0.0f, dbias = 0.0f;
+  float A[V][S], carry[V][S], dA[V][S];
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+#pragma unroll
+    for (int m = 0; m < S; ++m) A[v][m] = scaled_A(s, d, c4 + v, 4 * m + q), carry[v][m] = dA[v][m] = 0.0f;
+
+  for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+    int i0 = chunk * CHUNK, count = min(CHUNK, length - i0), last = (count - 1) / STEP;
+#pragma unroll 4
+    for (int e = threadIdx.x; e < CHUNK * STATES; e += WARPS * WARP) {
+      int n = e % STATES, i = e / STATES;
+      bool there = i < count && n < s.state;
+      tile[n * COLUMN + i] = there ? to_float(walk(s, d, d.B, b, n).moved(i0 + i)[0]) : 0.0f;
+      tile[(STATES + n) * COLUMN + i] = there ? to_float(walk(s, d, d.C, b, n).moved(i0 + i)[0]) : 0.0f;
+    }
+    auto x_at = tokens(d.x, i0), dt_at = tokens(d.dt, i0);
+#pragma unroll 8
+    for (int i = 0; i < CHUNK; ++i, x_at.move(1), dt_at.move(1)) {
+      float x = i < count ? to_float(x_at[0]) : 0.0f, dt = i < count ? to_float(dt_at[0]) : 0.0f;
+      float delta = live && i < count ? time_step(dt + bias) : 0.0f;
+      rows[i * ROW + lane] = delta;
+      rows[i * ROW + WARP + lane] = live ? delta * x : 0.0f;
+    }
+    __syncthreads();
+
+    float delta[STEP][V], delta_x[STEP][V];
+    auto load_step = [&](int step) {
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) {
+        load_quad(rows + (step * STEP + k) * ROW + lane - q, delta[k]);
+        load_quad(rows + (step * STEP + k) * ROW + WARP + lane - q, delta_x[k]);
+      }
+    };
+    auto kept = [&](auto use) {  // the state that the chunk starts from
+      const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
+#pragma unroll
+      for (int m = 0; m < S; ++m, from += 4 * s.channels)
+#pragma unroll
+        for (int v = 0; v < V; ++v) use(v, m, c4 + v < channels && 4 * m + q < state ? from[v] : 0.0f);
+    };
+
+    float h[V][S];
+    kept([&](int v, int m, float value) { h[v][m] = value; });
+#pragma unroll 1
+    for (int step = 0; step < last; ++step) {
+      load_step(step);
+#pragma unroll
+      for (int m = 0; m < S; ++m) {
+        float B[STEP];
+        load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+#pragma unroll
+          for (int k = 0; k < STEP; ++k)
+            h[v][m] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[v][m], delta_x[k][v] * B[k]);
+          starts[step * START_FLOATS + (m * V + v) * WARP] = h[v][m];
+        }
+      }
+    }
+
+#pragma unroll 1
+    for (int step = last; step >= 0; --step) {
+      int first = i0 + step * STEP, left = count - step * STEP;
+      auto x_at = tokens(d.x, first), dt_at = tokens(d.dt, first), dout_at = tokens(s.dout, first);
+      io raw_x[STEP] = {}, raw_dt[STEP] = {}, raw_dout[STEP] = {}, raw_z[STEP] = {};
+      float dy_own[STEP];
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) {
+        if (k < left) raw_x[k] = x_at[0], raw_dt[k] = dt_at[0], raw_dout[k] = dout_at[0];
+        x_at.move(1), dt_at.move(1), dout_at.move(1);
+      }
+      if (gated) {
+        auto z_at = tokens(s.z, first);
+        auto sum_at = walk(s, d, s.pregate, b, near).moved(first);
+        auto dz_at = walk(s, d, s.dz, b, near).moved(first);
+        float sum[STEP] = {};
+#pragma unroll
+        for (int k = 0; k < STEP; ++k, z_at.move(1))
+          if (k < left) raw_z[k] = z_at[0];
+        if (writes_dz)
+#pragma unroll
+          for (int k = 0; k < STEP; ++k, sum_at.move(1))
+            if (k < left) sum[k] = sum_at[0];
+#pragma unroll
+        for (int k = 0; k < STEP; ++k, dz_at.move(1)) {
+          float z = to_float(raw_z[k]), sz = sigmoid(z), dout = to_float(raw_dout[k]);
+          if (writes_dz && k < left) dz_at[0] = from_float(dout * silu_slope(z, sz) * sum[k]);
+          dy_own[k] = dout * (z * sz);
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < STEP; ++k) dy_own[k] = to_float(raw_dout[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) {
+        edge[k * EDGE] = live ? dy_own[k] : 0.0f;
+        edge[k * EDGE + WARP] = to_float(raw_x[k]);
+        edge[k * EDGE + 2 * WARP] = SOFTPLUS ? sigmoid(to_float(raw_dt[k]) + bias) : 1.0f;  // d Delta / d dt
+      }
+      __syncwarp();
+      float dy[STEP][V], sums[STEP][2 * V] = {};  // sums: s1 and s2 of each channel, side by side
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) load_quad(edge - q + k * EDGE, dy[k]);
+      load_step(step);
+      const float* before = starts + max(step - 1, 0) * START_FLOATS;
+      if (step == 0)  // the room of the first start is free by now
+        kept([&](int v, int m, float value) { starts[(m * V + v) * WARP] = value; });
+      __syncwarp();
+      // The warp's dB and dC take the place of Delta x: value lane / 4 of dBC is dB of the step's tokens, then dC.
+      float* dBC_out = rows + (step * STEP + lane / 4 % STEP) * ROW + WARP + lane / 16 * STATES + q;
+
+#pragma unroll
+      for (int m = 0; m < S; ++m) {
+        if (4 * m >= state) break;  // also keeps the compiler from mixing states, which costs registers
+        float B[STEP], C[STEP], dBC[2 * STEP] = {};
+        load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
+        load_quad(tile + (STATES + 4 * m + q) * COLUMN + step * STEP, C);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          float decay[STEP], decayed[STEP];
+          float now = before[(m * V + v) * WARP];
+#pragma unroll
+          for (int k = 0; k < STEP; ++k) {
+            decay[k] = exp2_approx(delta[k][v] * A[v][m]);
+            decayed[k] = decay[k] * now;
+            now = fmaf(delta_x[k][v], B[k], decayed[k]);
+            dBC[STEP + k] = fmaf(dy[k][v], now, dBC[STEP + k]);
+          }
+#pragma unroll
+          for (int k = STEP - 1; k >= 0; --k) {
+            float g = fmaf(dy[k][v], C[k], carry[v][m]), w = g * decayed[k];
+            carry[v][m] = g * decay[k];
+            dBC[k] = fmaf(g, delta_x[k][v], dBC[k]);
+            sums[k][2 * v] = fmaf(g, B[k], sums[k][2 * v]);
+            sums[k][2 * v + 1] = fmaf(w, A[v][m], sums[k][2 * v + 1]);
+            dA[v][m] = fmaf(w, delta[k][v], dA[v][m]);
+          }
+        }
+        scatter_sum<2 * STEP, 16, 4>(dBC, lane);
+        dBC_out[4 * m] = dBC[0];
+      }
+      auto dx_at = walk(s, d, d.dx, b, near).moved(first), ddt_at = walk(s, d, d.ddt, b, near).moved(first);
+#pragma unroll
+      for (int k = 0; k < STEP; ++k, dx_at.move(1), ddt_at.move(1)) {
+        scatter_sum<2 * V, 2, 1>(sums[k], lane);  // s1, s2 of this lane's channel; zeros of an absent token
+        float own_dy = edge[k * EDGE], x = edge[k * EDGE + WARP], own_delta = rows[(step * STEP + k) * ROW + lane];
+        float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + 2 * WARP];
+        float dx = fmaf(own_delta, sums[k][0], skips ? skip * own_dy : 0.0f);
+        if (live && k < left) dx_at[0] = from_float(dx);
+        if (live && k < left) ddt_at[0] = from_float(ddt);
+        dD = fmaf(own_dy, x, dD);
+        dbias += ddt;
+      }
+    }
+
+    __syncthreads();
+#pragma unroll 4
+    for (int e = threadIdx.x; e < count * 2 * STATES; e += WARPS * WARP) {
+      int i = e / (2 * STATES), n = e % STATES;
+      if (n >= s.state) continue;
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w)
+        total += tile[TILE_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES)];
+      float* partial = e % (2 * STATES) < STATES ? d.dB : d.dC;
+      int t = d.reverse ? length - 1 - (i0 + i) : i0 + i;
+      partial[((blockIdx.y * s.batch + b) * s.length + t) * s.state + n] = total;
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+#pragma unroll
+    for (int m = 0; m < S; ++m)
+      if (c4 + v < s.channels && 4 * m + q < s.state)
+        d.dA[(b * s.channels + c4 + v) * s.state + 4 * m + q] = dA[v][m];
+  if (live && d.dD) d.dD[b * s.channels + c] = dD;
+  if (live && d.ddt_bias) d.ddt_bias[b * s.channels + c] = dbias;
+}
