@@ -38,7 +38,7 @@ class Direction(nn.Module):
         return F.linear(dt, self.dt_proj.weight), rates(self.A_log), B, C
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters in the order of :class:`MixerCore`."""
+        """The parameters in the order of :class:`FusedMixer`."""
         return (
             self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
             self.dt_proj.bias, self.A_log, self.D,
@@ -78,15 +78,18 @@ class BiMamba(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         f, b = self.forward_scan, self.backward_scan
-        xz = self.in_proj(h)
-        tensors = (xz, *f.tensors(), *b.tensors(), self.out_proj.weight)
+        tensors = (h, self.in_proj.weight, *f.tensors(), *b.tensors(), self.out_proj.weight)
         width = f.conv_weight.shape[1]
         beyond = f"width {width} > {MAX_WIDTH}" if width > MAX_WIDTH else ""
         if select(None, *tensors, unsupported=beyond) in ("cpu", "cuda"):
             save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            return MixerCore.apply(*tensors, save)
+            return FusedMixer.apply(*tensors, save)
+        return self.op_by_op(h)
 
-        x, z = xz.chunk(2, dim=-1)
+    def op_by_op(self, h: Tensor) -> Tensor:
+        """:meth:`forward` for every backend, dtype and order of derivative."""
+        f, b = self.forward_scan, self.backward_scan
+        x, z = self.in_proj(h).chunk(2, dim=-1)
         x_f, x_b = bidirectional_causal_conv1d(
             x, f.conv_weight, b.conv_weight, f.conv_bias, b.conv_bias
         )
@@ -99,42 +102,51 @@ class BiMamba(nn.Module):
         return self.out_proj(y)
 
 
-class MixerCore(torch.autograd.Function):
-    """:class:`BiMamba` after in_proj, on the kernels, keeping little for the backward pass.
+class FusedMixer(torch.autograd.Function):
+    """:class:`BiMamba` on the kernels, keeping little for the backward pass.
 
-    Kept: in_proj's output, both x_proj outputs, the sum before the gate and the scan's states at
-    chunk starts. The convolutions, Δ before its bias and the gated output are computed again.
-    Everything runs in in_proj's output dtype, except A, D and the biases, which the kernels take in
-    float32 as they take all sums.
+    Kept: the input, in_proj's and both x_proj outputs, the sum before the gate and the scan's
+    states at chunk starts. The convolutions, Δ before its bias and the gated output are computed
+    again. Everything runs in in_proj's output dtype, except A, D and the biases, which the kernels
+    take in float32 as they take all sums.
     """
 
     @staticmethod
-    def forward(ctx, xz: Tensor, *parameters_and_save) -> Tensor:
+    def forward(ctx, h: Tensor, *parameters_and_save) -> Tensor:
         *parameters, save = parameters_and_save
-        f, b, out_weight = parameters[:7], parameters[7:14], parameters[14]
-        z = xz.chunk(2, dim=-1)[1]
+        in_weight, f, b, out_weight = _unpack(parameters)
+        xz = F.linear(h, in_weight)
         inputs, projected = _scan_inputs(xz, f, b)
-        y, pregate, states = scan_op(*inputs, z, True, False, save)
+        y, pregate, states = scan_op(*inputs, xz.chunk(2, dim=-1)[1], True, False, save)
         if save:
-            ctx.save_for_backward(xz, *projected, pregate, states, *parameters)
+            ctx.save_for_backward(h, xz, *projected, pregate, states, *parameters)
         return F.linear(y, out_weight.to(y.dtype))
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        xz, projected_f, projected_b, pregate, states, *parameters = ctx.saved_tensors
-        f, b, out_weight = parameters[:7], parameters[7:14], parameters[14]
+        h, xz, projected_f, projected_b, pregate, states, *parameters = ctx.saved_tensors
+        in_weight, f, b, out_weight = _unpack(parameters)
         x, z = xz.chunk(2, dim=-1)
         inputs, _ = _scan_inputs(xz, f, b, (projected_f, projected_b))
         y = (pregate * F.silu(z.float())).to(xz.dtype)
         dout = dout.to(xz.dtype)
         dy, dout_weight = dout @ out_weight.to(dout.dtype), _weight_grad(dout, y)
         grads = scan_backward_op(dy, pregate, states, *inputs, z, True, False)
+        dz = grads[14]
         dx_f, d_f = _direction_backward(grads[:7], inputs[0], projected_f, f)
         dx_b, d_b = _direction_backward(grads[7:14], inputs[7], projected_b, b)
         dx, *d_conv = conv_backward_op(dx_f, dx_b, x, f[0], f[1], b[0], b[1], True, False)
-        found = (*d_conv[:2], *d_f, *d_conv[2:], *d_b, dout_weight)
+        weight_x, weight_z = in_weight.to(dx.dtype).chunk(2)
+        dh = _add_product(dx @ weight_x, dz, weight_z)
+        halves = [_weight_grad(d, h.to(d.dtype)) for d in (dx, dz)]
+        found = (torch.cat(halves), *d_conv[:2], *d_f, *d_conv[2:], *d_b, dout_weight)
         found = (g.to(p.dtype) for g, p in zip(found, parameters, strict=True))
-        return torch.cat([dx, grads[14]], dim=-1), *found, None
+        return dh.to(h.dtype), *found, None
+
+
+def _unpack(parameters):
+    """in_proj's weight, the tensors of both directions, out_proj's weight."""
+    return parameters[0], parameters[1:8], parameters[8:15], parameters[15]
 
 
 def _scan_inputs(xz, f, b, projected=None):
@@ -156,9 +168,13 @@ def _direction_backward(grads, x, projected, parameters):
     _, _, x_weight, dt_weight, _, A_log, _ = parameters
     dt, _, _ = split(projected, A_log)
     dprojected = torch.cat([ddt @ dt_weight.to(ddt.dtype), dB, dC], dim=-1)
-    dx = dx + dprojected @ x_weight.to(dx.dtype)
+    dx = _add_product(dx, dprojected, x_weight.to(dx.dtype))
     dx_weight, ddt_weight = _weight_grad(dprojected, x), _weight_grad(ddt, dt)
     return dx, (dx_weight, ddt_weight, ddt_bias, dA * rates(A_log), dD)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(total.flatten(0, 1), a.flatten(0, 1), b).view_as(total)
 
 
 def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:

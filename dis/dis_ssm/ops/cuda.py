@@ -55,7 +55,7 @@ def missing() -> str | None:
 
 @functools.cache
 def why_not() -> str | None:
-    """None if the kernels run here and give the reference's numbers on a small problem, else why."""
+    """None if the kernels run and give the reference's numbers on a small problem, else why."""
     if reason := missing():
         return reason
     try:

@@ -1,0 +1,123 @@
+"""Times a whole training step of DiS-S/2 against DiT-S/2 and says where DiS spends it.
+
+    python experiments/benchmarks/step.py [--batch 8] [--size 32] [--threads 2] [--out FILE]
+
+Forward, mean-square loss, backward and AdamW on 4-channel latents, float32, both models in turn in
+one process. DiT is diffusers' DiTTransformer2DModel. "kept" is what autograd holds between forward
+and backward, with the fused mixer and with its operations one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from harness import RESULTS, processor, race, record, write
+from torch.profiler import ProfilerActivity, profile
+
+from dis_ssm import create_model
+from dis_ssm.mixer import BiMamba
+from dis_ssm.ops import native
+
+CHANNELS, CLASSES = 4, 1000
+PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm")
+
+
+def dit(size: int):
+    """DiT-S/2 (arXiv 2212.09748, table 4)."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=64,
+        in_channels=CHANNELS,
+        out_channels=2 * CHANNELS,
+        num_layers=12,
+        sample_size=size,
+        patch_size=2,
+        num_embeds_ada_norm=CLASSES,
+    )
+
+
+def models(size: int) -> dict:
+    dis = create_model("DiS-S/2", input_size=size, in_channels=CHANNELS, num_classes=CLASSES)
+    peer = dit(size)
+    return {"DiS-S/2": (dis, dis), "DiT-S/2": (peer, lambda x, t, y: peer(x, t, y).sample)}
+
+
+def training_step(model, predict, x, t, y):
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        predict(x, t, y).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def outside_products(step) -> dict:
+    """Self time of the operators of one step: outside matrix products, and the largest of them."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    total = sum(times.values())
+    others = {name: time for name, time in times.items() if name not in PRODUCTS}
+    largest = sorted(others, key=others.get, reverse=True)[:8]
+    return {
+        "share": round(sum(others.values()) / total, 3),
+        "largest": {name: round(others[name] / total, 3) for name in largest},
+    }
+
+
+def kept_bytes(model, x, t, y) -> int:
+    """Storage that autograd keeps for the backward pass, parameters not counted."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x, t, y)
+    for tensor in (*model.parameters(), *model.buffers(), x):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    del out
+    return sum(size for size, _ in kept.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in dict(batch=8, size=32, threads=2, rounds=7).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=RESULTS / "step-cpu.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+    x = torch.randn(options.batch, CHANNELS, options.size, options.size)
+    t = torch.randint(0, 1000, (options.batch,))
+    y = torch.randint(0, CLASSES, (options.batch,))
+    built = models(options.size)
+    steps = {name: training_step(*pair, x, t, y) for name, pair in built.items()}
+    report = record(f"{processor()}, {native.instruction_set()}, {options.threads} threads")
+    report["parameters"] = {
+        n: sum(p.numel() for p in m.parameters()) for n, (m, _) in built.items()
+    }
+    report["step"] = race(dict(reversed(steps.items())), options.rounds)
+    report["DiS-S/2 outside matrix products"] = outside_products(steps["DiS-S/2"])
+    dis = built["DiS-S/2"][0]
+    fused = kept_bytes(dis, x, t, y)
+    BiMamba.forward = BiMamba.op_by_op
+    apart = kept_bytes(dis, x, t, y)
+    report["kept MB"] = {"fused mixer": round(fused / 1e6, 1), "op by op": round(apart / 1e6, 1)}
+    for name in ("step", "DiS-S/2 outside matrix products", "kept MB"):
+        print(f"{name}: {report[name]}")
+    write(report, options.out)
+
+
+if __name__ == "__main__":
+    main()
