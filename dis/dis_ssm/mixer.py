@@ -10,11 +10,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
 from dis_ssm.ops.backend import select
 from dis_ssm.ops.conv import MAX_WIDTH, conv_backward_op, conv_op
 from dis_ssm.ops.scan import scan_backward_op, scan_op
+
+# torch counts addmm, but not in place.
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 
 
 class Direction(nn.Module):
@@ -174,7 +178,9 @@ def _direction_backward(grads, x, projected, parameters):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.addmm(total.flatten(0, 1), a.flatten(0, 1), b).view_as(total)
+    """total + a @ b, in total's memory."""
+    total.view(-1, b.shape[1]).addmm_(a.flatten(0, 1), b)
+    return total
 
 
 def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:

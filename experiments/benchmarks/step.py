@@ -21,7 +21,7 @@ from dis_ssm.mixer import BiMamba
 from dis_ssm.ops import native
 
 CHANNELS, CLASSES = 4, 1000
-PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm")
+PRODUCTS = ("aten::addmm", "aten::addmm_", "aten::mm", "aten::bmm")
 
 
 def dit(size: int):
