@@ -56,12 +56,6 @@ struct Chunk {
   int64_t token(int64_t i) const { return first + i * step; }
 };
 
-// Rows are far apart, so the hardware does not foresee the next one. Asking for the rows of the next
-// chunk while this one is computed hides the memory; an address past the end does no harm.
-INLINE void prefetch_row(const float* p, int64_t vectors) {
-  for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(p + j * W);
-}
-
 INLINE float* offset(float* p, int64_t n) { return p ? p + n : nullptr; }
 
 int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }

@@ -36,6 +36,12 @@ INLINE void store(float* p, vf v, int n = W) {
   else std::memcpy(p, &v, n * sizeof(float));
 }
 
+// Asks for a row that will be needed soon: rows are far apart, and the hardware does not foresee the next
+// one. An address outside the tensor does no harm.
+INLINE void prefetch_row(const float* p, int64_t vectors) {
+  for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(p + j * W);
+}
+
 INLINE vf abs(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
 INLINE bool all(vi mask) {
