@@ -303,7 +303,23 @@ def test_the_one_just_written_outlives_a_damaged_later_one(tmp_path, model):
     truncate(tmp_path / "checkpoints" / "00000006" / "model.safetensors")
     save(tmp_path, model, 5, keep=1)
     assert names(tmp_path) == ["00000005"]
-    assert load_model(tmp_path)[0] is not None
+    assert torch.equal(load_model(tmp_path)[0].pos_embed, model.pos_embed + 1)
+
+
+def test_a_file_that_is_named_like_a_draft_is_in_nobodys_way(tmp_path, model):
+    (tmp_path / "checkpoints").mkdir()
+    for name in (".draft-x", ".draft-00000001"):
+        (tmp_path / "checkpoints" / name).touch()
+    save(tmp_path, model, 1)
+    clean_drafts(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["00000001"]
+
+
+def test_a_checkpoint_without_training_state_is_drawn_from_not_continued(tmp_path, model):
+    save_checkpoint(tmp_path, 0, {"ema": model.state_dict()}, CONFIG, {}, 1)
+    load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"no training state \(model, optimizer\).*--out"):
+        newest_intact(tmp_path, PARTS)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b""])

@@ -1,6 +1,7 @@
 """The command line: what a user types, reads and gets back."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -153,6 +154,18 @@ def test_status_of_a_stopped_run(run, tmp_path, monkeypatch, capsys, number, sta
     load_model(tmp_path / "run")
 
 
+def test_what_is_refused_leaves_no_folder(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", config_of(run), "--out", str(out), "--model.depth", "2"]) == 2
+    assert "depth must be odd" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_batch_that_no_memory_holds_is_one_line(run, tmp_path, capsys):
+    flags = ["--out", str(tmp_path / "run"), "--train.batch-size", str(10**14)]
+    assert main(["train", config_of(run), *flags]) == 2
+    assert "dis-ssm: error: out of memory, take smaller batches" in capsys.readouterr().err
+
+
 def test_a_diverged_run_is_one_line(run, tmp_path, monkeypatch, capsys):
     def nan(self, batch):
         self.nonfinite_in_a_row = 10
@@ -199,10 +212,23 @@ def test_guidance_sampler_weights_and_classes_reach_the_sampler(run, tmp_path):
 
 def test_the_grid_has_one_class_a_column_and_its_path_is_printed(run, capsys):
     assert main(["sample", str(run), "--per-class", "2", "--cfg-scale", "1.5"]) == 0
-    path = run / "samples" / "ddim-2-cfg-1.5-seed-0.png"
+    path = run / "samples" / "step-2-ddim-2-cfg-1.5-num-20-seed-0.png"
     assert capsys.readouterr().out.strip() == str(path)
     side = 64 + GAP
     assert Image.open(path).size == (10 * side - GAP, 2 * side - GAP)
+
+
+def test_each_request_has_a_file_of_its_own(run, capsys):
+    requests = ["", "--num 5", "--weights model", "--seed 1", "--steps 3", "--sampler ddpm"]
+    requests += ["--eta 0.5", "--classes 2 7", "--classes 7 2", "--cfg-scale 2"]
+    requests += ["--cfg-scale 2 --cfg-channels 0", "--cfg-scale 2 --cfg-interval 0 9"]
+    for request in requests:
+        assert main(["sample", str(run), *request.split()]) == 0
+    paths = capsys.readouterr().out.split()
+    assert len(set(paths)) == len(requests) and all(map(os.path.isfile, paths))
+    many = ["--classes", *["7"] * 100]
+    assert main(["sample", str(run), *many]) == 2
+    assert "give --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -213,6 +239,8 @@ def test_the_grid_has_one_class_a_column_and_its_path_is_printed(run, capsys):
         (["--classes", "3", "10"], "class 10"),
         (["--steps", "2000"], "2000"),
         (["--device", "gpu0"], "gpu0"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--cfg-scale", "nan"], "cfg_scale is nan: must be finite"),
     ],
 )
 def test_wrong_requests_for_samples(run, capsys, flags, words):
@@ -220,19 +248,38 @@ def test_wrong_requests_for_samples(run, capsys, flags, words):
     assert words in capsys.readouterr().err
 
 
-def test_an_unknown_format_is_refused_before_anything_is_drawn(run, monkeypatch, capsys):
-    monkeypatch.setattr(images, "draw_images", lambda *_, **__: pytest.fail("drew"))
-    assert main(["sample", str(run), "--out", "x.tiff"]) == 2
-    assert "x.tiff" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["x.tiff", "folder.png", "file/x.png"])
+def test_an_impossible_output_is_refused_before_anything_is_drawn(
+    run, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(images, "draw_samples", lambda *_, **__: pytest.fail("drew"))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    assert main(["sample", str(run), "--out", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name.split("/")[0]) in error and error.count("\n") == 1
 
 
-def test_latents_are_not_drawn_as_images(tmp_path, capsys):
+def test_a_failed_write_leaves_no_draft(tmp_path):
+    with pytest.raises(ValueError, match="2 channels"):
+        images.save_images(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), None, tmp_path / "x.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_latents_are_drawn_as_numbers_not_as_images(tmp_path, capsys):
     sizes = ModelConfig(hidden_size=16, depth=1, patch_size=4, num_classes=0)
     sizes = dataclasses.replace(sizes, in_channels=4, input_size=(8, 8))
     config = Config(model=sizes)
     save_checkpoint(tmp_path, 0, {"ema": build_model(config).state_dict()}, config, {}, 1)
-    assert main(["sample", str(tmp_path)]) == 2
-    assert "latents of 4 channels" in capsys.readouterr().err
+    flags = ["sample", str(tmp_path), "--num", "3", "--steps", "2"]
+    assert main([*flags, "--out", "x.png"]) == 2
+    error = capsys.readouterr().err
+    assert "latents of 4 channels" in error and ".npz" in error
+    assert main(flags) == 0
+    path = Path(capsys.readouterr().out.strip())
+    latents = np.load(path)["arr_0"]
+    assert path.suffix == ".npz" and latents.shape == (3, 4, 8, 8)
+    assert latents.dtype == np.float32 and abs(latents).max() > 1.1  # neither clipped nor rounded
 
 
 def test_a_damaged_run_is_not_sampled(run, tmp_path, capsys):
@@ -289,8 +336,24 @@ def test_info_says_which_kernels_run(capsys):
 def test_evaluate_scores_the_run(run, capsys):
     flags = ["--num", "20", "--steps", "2", "--bound-images", "4", "--bound-terms", "2"]
     assert main(["evaluate", str(run), *flags]) == 0
-    assert "accuracy" in capsys.readouterr().out
-    assert (run / "scores.json").is_file()
+    *table, path = capsys.readouterr().out.splitlines()
+    assert any("accuracy" in line for line in table)
+    scores = json.loads(Path(path).read_text())
+    assert scores["num"] == 20 and scores["checkpoint_step"] == 2
+    assert main(["evaluate", str(run), *flags, "--bound-terms", "0", "--cfg-scale", "2"]) == 0
+    other = capsys.readouterr().out.splitlines()[-1]
+    assert other != path and json.loads(Path(path).read_text()) == scores
+
+
+def test_scores_are_printed_although_they_cannot_be_written(run, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(cli, "write_json", full)
+    flags = ["--num", "20", "--steps", "2", "--bound-terms", "0"]
+    assert main(["evaluate", str(run), *flags]) == 2
+    captured = capsys.readouterr()
+    assert "FD-pixels" in captured.out and "no space left" in captured.err
 
 
 def test_every_command_is_offered(capsys):

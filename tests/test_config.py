@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 
 import pytest
@@ -67,12 +68,19 @@ def test_toml_and_json_give_back_the_config(tmp_path):
         ({"train": {"betas": [0.9, 1.0]}}, ["betas"]),
         ({"model": {"class_dropout_prob": 1.5}}, ["class_dropout_prob", "1.5"]),
         ({"sample": {"eta": 1.0, "sampler": "ddpm"}}, ["eta", "ddim"]),
+        ({"train": {"lr": math.inf}}, ["lr is inf", "finite"]),
+        ({"sample": {"cfg_scale": math.nan}}, ["cfg_scale is nan", "finite"]),
+        ({"sample": {"cfg_scale": -math.inf}}, ["cfg_scale is -inf", "finite"]),
     ],
 )
 def test_wrong_keys_types_and_values_are_named(values, words):
     with pytest.raises(ValueError) as error:
         from_dict(values)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_interval_may_be_open():
+    assert SampleConfig(cfg_interval=(5.0, math.inf)).cfg_interval == (5.0, math.inf)
 
 
 def test_an_integer_is_a_float_where_one_is_wanted():
@@ -150,8 +158,8 @@ def test_resolve_refuses_what_contradicts_the_data():
         (ModelConfig(hidden_size=16, depth=3), "lacks patch_size"),
         (ModelConfig(name="DiS-S/2", depth=3), "already says depth"),
         (ModelConfig(name="DiS-Q/2"), "DiS-Q/2"),
-        (ModelConfig(hidden_size=16, depth=4, patch_size=2), "4"),
-        (ModelConfig(hidden_size=16, depth=3, patch_size=3), "3"),
+        (ModelConfig(hidden_size=16, depth=4, patch_size=2), "depth must be odd, got 4"),
+        (ModelConfig(hidden_size=16, depth=3, patch_size=3), "patch_size 3 does not divide"),
     ],
 )
 def test_models_that_cannot_be_built(model, words):

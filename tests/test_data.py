@@ -134,7 +134,10 @@ def test_fashion_is_found_through_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DIS_SSM_DATA", str(tmp_path / "nowhere"))
     assert len(open_dataset("fashion-mnist")) == 6000
     monkeypatch.setattr("dis_ssm.data.__file__", str(tmp_path / "a" / "b" / "c.py"))
-    with pytest.raises(ValueError, match="set DIS_SSM_DATA"):
+    with pytest.raises(ValueError, match=r"is not in .*nowhere.*set DIS_SSM_DATA"):
+        open_dataset("fashion-mnist")
+    monkeypatch.delenv("DIS_SSM_DATA")
+    with pytest.raises(ValueError, match=r"does not come with the package: .*set DIS_SSM_DATA"):
         open_dataset("fashion-mnist")
 
 
@@ -260,7 +263,7 @@ def test_unreadable_files_are_named(tmp_path):
     ds = open_dataset(tmp_path, image_size=8)
     assert ds[0][0].shape == (3, 8, 8)
     for i in (1, 2, 3):
-        with pytest.raises(ValueError, match=rf"cannot read image .*{i}\.png"):
+        with pytest.raises(ValueError, match=rf"cannot read image .*{i}\.png.*; replace the file"):
             ds.batch([0, i])
 
 

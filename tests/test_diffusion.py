@@ -366,6 +366,12 @@ def test_bad_timesteps_and_labels_are_named(t, y, message):
         d.training_losses(_constant_model(torch.zeros(2, 2, 4, 4)), x0, t, y)
 
 
+def test_images_that_are_not_scaled_are_named():
+    x0 = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"floating point, in \[-1, 1\].*uint8"):
+        Diffusion().training_losses(_constant_model(x0), x0, torch.tensor([1, 2]))
+
+
 def test_channel_mismatch_names_both():
     x0, t = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2])
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\).*learn_sigma=True.*6 channels"):

@@ -11,7 +11,13 @@ from dis_ssm import evaluate
 from dis_ssm.checkpoint import save_checkpoint
 from dis_ssm.config import build_diffusion, build_model, from_dict, resolve
 from dis_ssm.data import TensorDataset, epoch_order, open_dataset
-from dis_ssm.evaluate import bits_per_dim, evaluate_run, format_scores, score_samples
+from dis_ssm.evaluate import (
+    bits_per_dim,
+    evaluate_run,
+    format_scores,
+    score_samples,
+    scores_path,
+)
 from dis_ssm.images import to_model_space
 from dis_ssm.sampling import image_generators
 
@@ -86,6 +92,8 @@ def test_scores_of_real_images_are_the_real_scores():
     apart = score_samples(images, labels, mislabelled, heldout)
     assert apart["class_accuracy"] == scores["class_accuracy"]  # judged by held-out images alone
     assert apart["class_accuracy_real"] < 0.01
+    zeros = TensorDataset("d", heldout.images, 0 * heldout.labels, heldout.class_names)
+    assert score_samples(images[:50], labels[:50], train, zeros)["class_accuracy"] is None
     few = score_samples(images[:50], None, train, heldout)
     assert few["fd_num"] == 50 and few["class_accuracy"] is None
     assert few["fd_pixels_real"] > scores["fd_pixels_real"]  # its bias at small n
@@ -94,7 +102,9 @@ def test_scores_of_real_images_are_the_real_scores():
 def test_run_of_an_oracle(oracle):
     run, model, _ = oracle
     scores = evaluate_run(run, num=45, bound_images=20, bound_terms=4, keep=True, progress=False)
-    assert scores == json.loads((run / "scores.json").read_text())
+    assert scores["samples"] == "step-7-ddim-4-cfg-1.5-num-45-seed-0"
+    assert scores_path(run, scores).name == f"{scores['samples']}-bound-20x4.json"
+    json.dumps(scores, allow_nan=False)
     assert scores["class_accuracy"] == 1.0
     assert scores["class_accuracy_by_class"] == {str(k): 1.0 for k in range(10)}
     made = {"num": 45, "sampler": "ddim", "steps": 4, "cfg_scale": 1.5, "seed": 0}
@@ -102,7 +112,7 @@ def test_run_of_an_oracle(oracle):
     assert {name: scores[name] for name in made} == made
     assert scores["versions"]["torch"] == torch.__version__
     assert not model._forward_hooks
-    kept = np.load(run / "samples.npz", allow_pickle=False)
+    kept = np.load(run / "samples" / f"{scores['samples']}.npz", allow_pickle=False)
     assert kept["arr_0"].shape == (45, 8, 8, 1) and kept["arr_0"].dtype == np.uint8
     assert kept["arr_1"].tolist() == [i % 10 for i in range(45)]
     means = model.means.detach()
@@ -162,15 +172,13 @@ def test_real_model_uses_the_average_and_repeats(tmp_path):
     }
     older = evaluate_run(tmp_path / "checkpoints" / "00000007", **options)
     assert older["checkpoint_step"] == 7 and older["fd_pixels"] == first["fd_pixels"]
-    assert json.loads((tmp_path / "scores.json").read_text())["checkpoint_step"] == 7
+    assert scores_path(tmp_path, older) != scores_path(tmp_path, first)
     other = evaluate_run(tmp_path, **options | {"seed": 1})
     assert other["fd_pixels"] != first["fd_pixels"]
 
     write_run(tmp_path, config, step=9, ema=broken)
-    before = (tmp_path / "scores.json").read_bytes()
     with pytest.raises(ValueError, match="pass 1 of the model is not finite"):
         evaluate_run(tmp_path, **options)
-    assert (tmp_path / "scores.json").read_bytes() == before
 
 
 def test_unconditional_run_has_no_class_accuracy(tmp_path):
@@ -179,7 +187,7 @@ def test_unconditional_run_has_no_class_accuracy(tmp_path):
     scores = evaluate_run(tmp_path, keep=True, **options)
     assert scores["class_accuracy"] is None and scores["fd_pixels"] > 0
     assert "not defined" in format_scores(scores)
-    assert np.load(tmp_path / "samples.npz").files == ["arr_0"]
+    assert np.load(tmp_path / "samples" / f"{scores['samples']}.npz").files == ["arr_0"]
     with pytest.raises(ValueError, match=r"cfg_scale 2\.0 needs classes"):
         evaluate_run(tmp_path, cfg_scale=2.0, **options)
 
@@ -187,14 +195,17 @@ def test_unconditional_run_has_no_class_accuracy(tmp_path):
 def test_bad_requests_fail_before_sampling(tmp_path, monkeypatch):
     config = tiny_config()
     write_run(tmp_path, config)
+    (tmp_path / "samples" / "step-7-ddim-4-cfg-1.5-num-600-seed-0.npz").mkdir(parents=True)
     monkeypatch.setattr(evaluate, "draw_images", lambda *_: pytest.fail("sampled first"))
     for options, message in (
         ({"num": 1}, "num is 1"),
         ({"bound_terms": 3}, "bound_terms is 3"),
         ({"bound_images": 0}, "bound_images 0"),
         ({"steps": 0}, "steps is 0"),
+        ({"bound_terms": 2000}, "bound_terms is 2000: .* at most 1998"),
+        ({"keep": True}, "is a folder"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, OSError), match=message):
             evaluate_run(tmp_path, **options)
     with pytest.raises(ValueError, match="neither a run"):
         evaluate_run(tmp_path / "nowhere")

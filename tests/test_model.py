@@ -3,6 +3,7 @@ switches, guidance and PyTorch's machinery. Its arithmetic is in test_convert.py
 
 import copy
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -293,39 +294,53 @@ def test_even_depth_says_why(depth):
 
 
 def test_wrong_options_name_the_value():
-    with pytest.raises(ValueError, match="30"):
+    with pytest.raises(ValueError, match="patch_size 4 does not divide the input size 30x30"):
         tiny(input_size=30, patch_size=4)
-    with pytest.raises(ValueError, match="7"):
+    with pytest.raises(ValueError, match="the input size 8x7"):
         tiny(input_size=(8, 7))
+    with pytest.raises(ValueError, match=r"hidden_size must be .* an integer, got 2\.5"):
+        tiny(hidden_size=2.5)
     for option in ("skip", "time_conditioning"):
         with pytest.raises(ValueError, match="sideways"):
             tiny(**{option: "sideways"})
-    with pytest.raises(ValueError, match=r"cond_dim|num_classes"):
+    with pytest.raises(ValueError, match="num_classes or cond_dim, not both"):
         tiny(cond_dim=4, num_classes=3)
 
 
 def test_wrong_inputs_name_the_value():
     x, t, y = batch_for(num_classes=5)
     model = tiny(num_classes=5)
-    with pytest.raises(ValueError, match="6"):
+    with pytest.raises(ValueError, match=r"label 6 is out of range: the model knows 0 \.\.\. 5$"):
         model(x, t, torch.tensor([0, 6, 1]))
-    with pytest.raises(ValueError, match="-1"):
+    with pytest.raises(ValueError, match="label -1 is out of range"):
         model(x, t, torch.tensor([0, -1, 1]))
     model(x, t, torch.tensor([0, 5, 1]))  # 5 is the null class
-    with pytest.raises(ValueError, match="5"):
+    with pytest.raises(ValueError, match=r"label 5 .* 0 \.\.\. 4; it has no null class"):
         tiny(num_classes=5, class_dropout_prob=0.0)(x, t, torch.tensor([0, 5, 1]))
-    with pytest.raises(ValueError, match="y"):
+    with pytest.raises(ValueError, match="y is missing: this model needs labels"):
         model(x, t)
-    with pytest.raises(ValueError, match="y"):
+    with pytest.raises(ValueError, match="y was given to an unconditional model"):
         tiny()(x, t, y)
-    with pytest.raises(ValueError, match="16"):
-        model(torch.randn(3, 3, 16, 16), t, y)
-    with pytest.raises(ValueError, match="4"):
-        model(torch.randn(3, 4, 8, 8), t, y)
-    with pytest.raises(ValueError, match="4"):
+    for shape in ((3, 3, 16, 16), (3, 4, 8, 8)):
+        with pytest.raises(ValueError, match=re.escape(f"(batch, 3, 8, 8), got {shape}")):
+            model(torch.randn(shape), t, y)
+    with pytest.raises(ValueError, match=re.escape("y must have shape (3, 4), got (3, 5)")):
         tiny(cond_dim=4)(x, t, torch.randn(3, 5))
-    with pytest.raises(ValueError, match="y"):
+    with pytest.raises(ValueError, match="y is missing: this model needs vectors"):
         tiny(cond_dim=4)(x, t)
+    for dtype in (torch.float64, torch.float16, torch.uint8):
+        with pytest.raises(ValueError, match=rf"x is {dtype}.*x\.to\(torch\.float32\)"):
+            model(x.to(dtype), t, y)
+    for dtype in (torch.bool, torch.float32):
+        with pytest.raises(ValueError, match=f"labels must be integers, got {dtype}"):
+            model(x, t, y.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_every_integer_dtype_mean_the_same(dtype):
+    model = awaken(tiny(num_classes=5)).eval()
+    x, t, y = batch_for(num_classes=5)
+    assert torch.equal(model(x, t, y.to(dtype)), model(x, t, y))
 
 
 # ---- guidance, dropout --------------------------------------------------------------------

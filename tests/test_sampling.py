@@ -5,12 +5,17 @@ Data N(MU, SCALE²) have an exact denoiser, so every chain is an affine recursio
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import dis_ssm
+from dis_ssm import DiS
 from dis_ssm.diffusion import PREDICTIONS, Diffusion
+from dis_ssm.model import guide
 from dis_ssm.sampling import (
     _image_seed,
     ddim_invert,
@@ -97,10 +102,10 @@ def test_respaced_timesteps_are_those_of_diffusers():
     assert respaced(10, 1) == [9]
 
 
-@pytest.mark.parametrize("steps", [0, 101, [], [0, 100], [-1, 5], [3, 3], [5, 2]])
+@pytest.mark.parametrize("steps", [0, 101, 1.5, [], [0, 100], [-1, 5], [3, 3], [5, 2], [0.5, 3]])
 def test_bad_steps_are_errors(steps):
     d = Diffusion("linear", 100)
-    with pytest.raises(ValueError, match="must"):
+    with pytest.raises(ValueError, match=re.escape(f"got {steps}")):
         sample(GaussianDenoiser(d), d, _noise(1, 1, 2, 2), steps=steps)
 
 
@@ -354,6 +359,44 @@ def test_vector_conditions_need_a_null_vector():
         guided(model, 2.0)(x, t, y)
 
 
+def test_a_model_without_a_null_class_is_not_guided():
+    sizes = dict(input_size=4, in_channels=1, hidden_size=8, depth=1, num_classes=3)
+    model = DiS(**sizes, class_dropout_prob=0.0).eval()
+    noise, y = _noise(2, 1, 4, 4).float(), torch.tensor([0, 2])
+    assert model.null_class == 3
+    with pytest.raises(ValueError, match=r"needs null_class: the model has no null class"):
+        sample(model, Diffusion(), noise, y, steps=2, cfg_scale=2.0)
+    with pytest.raises(ValueError, match=r"label 3 .*no null class.*without label dropout"):
+        sample(model, Diffusion(), noise, y, steps=2, cfg_scale=2.0, null_class=3)
+
+
+def test_both_ways_to_guide_agree():
+    model = DiS(input_size=4, in_channels=1, hidden_size=8, depth=1, num_classes=3).double().eval()
+    torch.nn.init.normal_(model.decoder.linear.weight)
+    x, t, y = _noise(3, 1, 4, 4), torch.tensor([3, 70, 900]), torch.tensor([0, 1, 2])
+    assert torch.equal(guide(x, 3 * x, 1.0, channels=1), x)  # not to rounding
+    options = {"interval": (50, 999)}
+    for s in (1.0, 2.5):
+        twice = [torch.cat([v, w]) for v, w in ((x, x), (t, t), (y, torch.full_like(y, 3)))]
+        got = model.forward_with_cfg(*twice, s, **options)[:3]
+        torch.testing.assert_close(got, guided(model, s, **options)(x, t, y))
+
+
+def test_the_readme_example_runs_as_printed(monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+    def tiny(name, **options):
+        assert name in dis_ssm.DiS_models
+        return DiS(hidden_size=8, depth=1, patch_size=4, **options)
+
+    monkeypatch.setattr(dis_ssm, "create_model", tiny)
+    names = {}
+    exec(example, names)
+    assert names["images"].shape == names["x0"].shape and names["images"].isfinite().all()
+    assert names["model"].patch_embed.weight.grad.isfinite().all()
+
+
 def test_bad_guidance_is_named():
     d, noise, y = Diffusion("linear", 50), _noise(2, 2, 2, 2), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="y is None"):
@@ -362,10 +405,20 @@ def test_bad_guidance_is_named():
         sample(GaussianDenoiser(d), d, noise, y, steps=2, cfg_scale=2.0)
     with pytest.raises(ValueError, match="guide 3 of 2"):
         sample(LabelModel(), d, noise, y, steps=2, cfg_scale=2.0, cfg_channels=3)
-    with pytest.raises(ValueError, match=r"\(9, 3\)"):
-        sample(LabelModel(), d, noise, y, steps=2, cfg_scale=2.0, cfg_interval=(9, 3))
+    for interval in ((9, 3), 5, (math.nan, 3)):
+        with pytest.raises(ValueError, match=re.escape(f"(low, high), got {interval}")):
+            sample(LabelModel(), d, noise, y, steps=2, cfg_scale=2.0, cfg_interval=interval)
+    for scale in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"cfg_scale must be finite, got {scale}"):
+            sample(LabelModel(), d, noise, y, steps=2, cfg_scale=scale)
     with pytest.raises(ValueError, match=r"\(3,\) for 2 images"):
         sample(LabelModel(), d, noise, torch.tensor([0, 1, 2]), steps=2)
+    with pytest.raises(ValueError, match=r"y must be a tensor.*got \[0, 1\]"):
+        sample(LabelModel(), d, noise, [0, 1], steps=2)
+    with pytest.raises(ValueError, match=r"floating point.*int64"):
+        sample(LabelModel(), d, noise.long(), y, steps=2)
+    with pytest.raises(ValueError, match="or a list, got 3"):
+        sample(LabelModel(), d, noise, y, steps=2, generator=3)
 
 
 def test_bad_samplers_are_named():
@@ -576,6 +629,7 @@ def test_options_a_scheduler_cannot_honour_are_named():
     for options, message in [
         ({"eta": 0.5}, "has no eta"),
         ({"steps": 2000}, "got 2000"),
+        ({"sampler": type(scheduler)}, "scheduler object, got <class"),
         ({"steps": [1, 2]}, r"got \[1, 2\]"),
         ({"clip_denoised": True}, "clip_sample"),
         ({"generator": [_seeded()]}, "1 generators for 2"),

@@ -304,7 +304,7 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(training, "draw_batch", draw)
 
 
-def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
+def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
     trainer = trainer_of(tiny())
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     bad = draw_batch(trainer.config, digits(), 0)
@@ -315,6 +315,7 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     assert (trainer.step, trainer.nonfinite, trainer.nonfinite_in_a_row) == (1, 1, 1)
     poison(monkeypatch, {1, 3})
     train(tiny(tmp_path, max_nonfinite=2))
+    assert "2 of 6 steps were not finite and were skipped\n" in capsys.readouterr().out
     lines = read_log(tmp_path)
     assert [line["nonfinite"] for line in lines] == [0, 1, 1, 2, 2, 2]
     assert [line["loss"] is None for line in lines] == [False, True, False, True, False, False]
@@ -473,6 +474,44 @@ def test_a_preview_is_what_the_averaged_weights_draw(tmp_path):
         images = draw_images(model, build_diffusion(config), (1, 8, 8), 20, labels, config.sample)
         grids[weights] = np.array(make_grid(images, columns=10))
     assert (preview == grids["ema"]).all() and (preview != grids["model"]).any()
+
+
+def test_a_preview_that_a_killed_process_owed_is_drawn_by_the_next(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(self):
+        raise Killed
+
+    config = tiny(tmp_path / "a", steps=2, save_every=1)
+    config = dataclasses.replace(config, sample=SampleConfig(every=1, num=4, steps=2))
+    train(dataclasses.replace(config, out=tmp_path / "b"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "preview", killed)
+        train(config)
+    assert complete_checkpoints(tmp_path / "a") and not (tmp_path / "a" / "samples").exists()
+    train(config)
+    previews = [tmp_path / run / "samples" / f"step-00000{n}.png" for n in (1, 2) for run in "ab"]
+    expected = [path.read_bytes() for path in previews]
+    assert expected[0] == expected[1] and expected[2] == expected[3]
+    previews[2].unlink()  # the last one, of a run that is done
+    train(config)
+    assert previews[2].read_bytes() == expected[3]
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_compiled_model_is_the_one_that_trains(monkeypatch):
+    compiled = []
+
+    def compile(model):
+        compiled.append(model)
+        return lambda *inputs: model(*inputs) * 1.0
+
+    monkeypatch.setattr(torch, "compile", compile)
+    plain, fast = trainer_of(tiny()), trainer_of(tiny(compile=True))
+    batch = draw_batch(plain.config, digits(), 0)
+    assert compiled == [fast.model] and fast.update(batch) == plain.update(batch)
+    assert "_orig_mod" not in "".join(fast.model.state_dict())
 
 
 def test_a_run_has_one_process_and_a_folder_of_its_own(tmp_path):

@@ -10,13 +10,14 @@ goes on to the checkpoint before it, with one line of warning, whatever the dama
 (sampling, scoring) never does, because other weights would give other results.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"{step:08d}"
     draft = folder.with_name(DRAFT + folder.name)
-    shutil.rmtree(draft, ignore_errors=True)
+    _remove(draft)
     draft.mkdir(parents=True)
     try:
         files = {}
@@ -93,7 +94,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def clean_drafts(run: Path) -> None:
     """Remove what a killed process left half-written."""
     for draft in (run / "checkpoints").glob(DRAFT + "*"):
-        shutil.rmtree(draft)
+        _remove(draft)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / STATE} is missing")
     if _sha256(folder / STATE).encode() != (folder / COMPLETE).read_bytes().strip():
         raise CheckpointError(f"{folder / STATE} was cut short or altered: its SHA-256 is wrong")
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}")
     return state
@@ -128,12 +129,18 @@ def newest_intact(
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
     """Folder, state and parts `names` of the newest checkpoint that verifies; None without any.
 
-    Damaged ones are passed over with a warning each. CheckpointError when all are damaged.
+    Damaged ones are passed over with a warning each. CheckpointError when all are damaged,
+    ValueError when one was never meant to be continued.
     """
     problem = None
     for folder in reversed(_step_folders(run)):
         try:
             state = read_state(folder)
+            if lacking := [n for n in names if f"{n}.safetensors" not in state["files"]]:
+                raise ValueError(
+                    f"{folder} has no training state ({', '.join(lacking)}), as a converted "
+                    f"checkpoint: draw from it, or give another --out to train"
+                )
             return folder, state, {name: read_part(folder, state, name) for name in names}
         except CheckpointError as error:
             problem = error
@@ -230,9 +237,32 @@ def load_optimizer(
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the new one, never a part."""
+    with drafted(path) as draft:
+        _write(draft, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A draft beside `path`, which takes its name at the end or, after an error, is removed."""
     draft = path.with_name(DRAFT + path.name)
-    _write(draft, json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(draft, path)
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path`; OSError now if writing it would fail later."""
+    draft = path.with_name(DRAFT + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise OSError(f"cannot write {path}: it is a folder")
 
 
 def _step_folders(run: Path) -> list[Path]:
@@ -249,8 +279,16 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     _sync(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, a link, a folder, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _rename(draft: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """dis-ssm train | sample | evaluate | info | convert"""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -8,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tyro.conf import Positional
 
-from dis_ssm.checkpoint import load_model, locate
+from dis_ssm.checkpoint import check_writable, load_model, locate, read_state, write_json
 from dis_ssm.config import (
     Config,
     build_diffusion,
@@ -23,6 +25,7 @@ from dis_ssm.config import (
 from dis_ssm.ops.native import BackendError
 
 INTERRUPTED = 128 + signal.SIGINT
+LONGEST_NAME = 200  # of a file; systems allow 255 bytes, drafts included
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, FloatingPointError, BackendError) as error:
-        print("dis-ssm: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        return _fail(f"out of memory, take smaller batches: {reason}")
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -102,6 +109,8 @@ def sample(
 ) -> int:
     """Draw images from a trained model, one class a column; image i depends on (seed, i, class).
 
+    Latents, of models with neither 1 nor 3 channels, are written as .npz: float32 (n, C, H, W).
+
     Args:
         run: a run folder, or one of its checkpoints.
         num: how many images; 100 if neither this nor per-class is given.
@@ -111,22 +120,30 @@ def sample(
         cfg_channels: guide the first so many channels only.
         cfg_interval: guide between these timesteps only.
         weights: averaged (ema) or as trained.
-        out: a .png grid or .npz arrays; by default a grid in the run's samples folder.
+        out: a .png grid or .npz arrays; by default a grid in the run's samples folder, named
+            after the step and these options.
     """
     from dis_ssm.images import (
         VISIBLE_CHANNELS,
         check_format,
-        draw_images,
+        draw_samples,
         label_columns,
+        samples_name,
         save_images,
+        to_uint8,
     )
 
     if out:
         check_format(out)
-    model, config = load_model(run, weights=weights, device=pick_device(device))
-    if config.model.in_channels not in VISIBLE_CHANNELS:
+    folder, checkpoint = locate(run)
+    model, config = load_model(checkpoint, weights=weights, device=pick_device(device))
+    visible = config.model.in_channels in VISIBLE_CHANNELS
+    if out and out.suffix == ".png" and not visible:
         channels = config.model.in_channels
-        raise ValueError(f"{run} draws latents of {channels} channels; showing them needs a VAE")
+        raise ValueError(
+            f"{run} draws latents of {channels} channels, and showing them needs a VAE: give --out "
+            f"a name that ends in .npz"
+        )
     settings = sample_settings(
         config,
         cfg_scale=cfg_scale,
@@ -141,17 +158,20 @@ def sample(
     known = range(config.model.num_classes)
     if unknown := [label for label in classes if label not in known]:
         raise ValueError(f"class {unknown[0]} is not one of the model's {len(known)} classes")
-    classes = list(classes or known)
-    num = _count(num, per_class, len(classes))
-    labels, columns = label_columns(num, classes)
+    num = _count(num, per_class, len(classes or known))
+    labels, columns = label_columns(num, list(classes or known))
+    if out is None:
+        drawn = dataclasses.replace(settings, num=num)
+        name = samples_name(read_state(checkpoint)["step"], drawn, weights, classes)
+        out = folder / "samples" / (name + (".png" if visible else ".npz"))
+        if len(out.name) > LONGEST_NAME:
+            raise ValueError(f"{len(classes)} classes are too many for a file name: give --out")
+    check_writable(out)
     shape = (config.model.in_channels, *config.model.input_size)
-    images = draw_images(
+    samples = draw_samples(
         model, build_diffusion(config), shape, num, labels, settings, progress=True
     )
-    folder, _ = locate(run)
-    name = f"{settings.sampler}-{settings.steps}-cfg-{settings.cfg_scale:g}-seed-{settings.seed}"
-    out = out or folder / "samples" / f"{name}.png"
-    save_images(images, labels, out, columns)
+    save_images(to_uint8(samples) if visible else samples, labels, out, columns)
     print(out)
     return 0
 
@@ -181,7 +201,7 @@ def evaluate(
     device: str | None = None,
     keep: bool = False,
 ) -> int:
-    """Score samples of a run against held-out real images; also written to RUN/scores.json.
+    """Score samples of a run against held-out real images; also written to RUN/scores.
 
     Args:
         run: a run folder, or one of its checkpoints.
@@ -189,10 +209,12 @@ def evaluate(
         cfg_scale: guidance, 1 for none; unset, like steps and sampler, as the run's config says.
         bound_images: held-out images whose bits per dimension are bounded.
         bound_terms: timesteps each of them is evaluated at, even; 0 skips the bound.
-        keep: write the samples to RUN/samples.npz.
+        keep: write the samples to RUN/samples as .npz.
     """
-    from dis_ssm.evaluate import evaluate_run, format_scores
+    from dis_ssm.evaluate import evaluate_run, format_scores, scores_path
 
+    folder, _ = locate(run)
+    check_writable(folder / "scores" / "trial.json")
     scores = evaluate_run(
         run,
         num=num,
@@ -207,6 +229,9 @@ def evaluate(
         keep=keep,
     )
     print(format_scores(scores))
+    path = scores_path(folder, scores)
+    write_json(path, scores)
+    print(path)
     return 0
 
 
@@ -226,6 +251,8 @@ def convert(
 ) -> int:
     """Turn a released checkpoint into a run that `dis-ssm sample` draws from.
 
+    Released models draw latents, so their samples are .npz arrays for a VAE to decode.
+
     Args:
         source: the released file, a pickle or safetensors; pickles are opened safely.
         run: the folder to write.
@@ -236,6 +263,16 @@ def convert(
     convert_file(source, run, input_size=input_size)
     print(run)
     return 0
+
+
+def _fail(message: str) -> int:
+    print("dis-ssm: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return named or "can't allocate memory" in str(error)  # what PyTorch says on a CPU
 
 
 def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -10,6 +10,7 @@ A key that no section has, or a value of the wrong type, is a ValueError.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -30,6 +31,12 @@ SIZES = ("hidden_size", "depth", "patch_size")
 def _check(section: object, condition: bool, name: str, remedy: str) -> None:
     if not condition:
         raise ValueError(f"{name} is {getattr(section, name)!r}: {remedy}")
+
+
+def _finite(section: object) -> None:
+    for name, value in vars(section).items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _check(section, finite, name, "must be finite")
 
 
 def _positive(section: object, *names: str) -> None:
@@ -64,6 +71,7 @@ class ModelConfig:
     input_size: tuple[int, int] | None = None  # (height, width); None: that of the data
 
     def __post_init__(self):
+        _finite(self)
         _positive(self, *SIZES, "d_state", "expand", "d_conv", "in_channels")
         _fraction(self, "class_dropout_prob", "drop_path")
         _check(self, (self.num_classes or 0) >= 0, "num_classes", "must be 0 or more")
@@ -120,6 +128,7 @@ class TrainConfig:
     device: str | None = None  # None: cuda if there is one, else cpu
 
     def __post_init__(self):
+        _finite(self)
         _positive(self, "steps", "batch_size", "micro_batch_size", "lr", "ema_warmup")
         _positive(self, "max_nonfinite", "log_every", "save_every", "keep")
         _fraction(self, "ema_decay")
@@ -146,6 +155,7 @@ class SampleConfig:
     batch_size: int = 128
 
     def __post_init__(self):
+        _finite(self)
         _positive(self, "num", "steps", "batch_size")
         for name in ("every", "eta", "seed"):
             _check(self, getattr(self, name) >= 0, name, "must be 0 or more")
@@ -191,7 +201,7 @@ def load_config(source: str | Path) -> Config:
             raise ValueError(f"no file or named configuration {str(source)!r}; {hint}")
         path = named[str(source)]
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read config {path}: {error.strerror}") from error
@@ -289,6 +299,7 @@ def pick_device(name: str | None = None) -> torch.device:
     """The named device, or cuda if there is one, else cpu. ValueError when it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        torch.empty(1, device=name).item()  # "meta" has tensors, but no numbers in them
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from dis_ssm.checkpoint import complete_checkpoints, save_checkpoint
 from dis_ssm.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from dis_ssm.model import DiS
+from dis_ssm.runs import exclusive
 
 _TOP = {  # ours -> released, outside the blocks; other names are the same
     "patch_embed.": "patch_embed.proj.",
@@ -41,9 +43,19 @@ def from_released(
 
     Raises:
         ValueError: a file that holds anything else, or tensors that are missing, unknown or of
-            the wrong shape, by name.
+            the wrong shape or dtype, by name.
+
+    Warns of a tensor that is not finite.
     """
-    state = _read(Path(source)) if isinstance(source, str | Path) else source
+    file = isinstance(source, str | Path)
+    state = _read(Path(source)) if file else source
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise ValueError(
+            f"{source if file else 'source'} holds no state dict (tensors by name, or one under "
+            f"'ema' or 'model')"
+        )
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     config = _infer(state, input_size)
     with torch.device("meta"):
@@ -61,6 +73,10 @@ def from_released(
         if tensors[name].shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             problems.append(f"has {theirs} of shape {shapes}")
+        elif not tensor.is_floating_point():
+            problems.append(f"has {theirs} of dtype {tensor.dtype}, expected floating point")
+        elif not tensor.isfinite().all():
+            warnings.warn(f"{theirs} of the released checkpoint is not finite", stacklevel=2)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"the released checkpoint {problems[0]}{more}")
@@ -74,11 +90,10 @@ def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
     The diffusion is the released one (linear, epsilon); the data it was trained on are not known.
 
     Raises:
-        ValueError: what :func:`from_released` raises, or ``run`` already holds checkpoints.
+        ValueError: what :func:`from_released` raises, or ``run`` already holds checkpoints or
+            something else.
     """
     model, run = from_released(source, **kwargs), Path(run)
-    if complete_checkpoints(run):
-        raise ValueError(f"{run} already holds checkpoints: give another folder")
     sizes = {f.name: model.config[f.name] for f in fields(ModelConfig) if f.name in model.config}
     sizes["input_size"] = model.input_size
     config = Config(
@@ -87,7 +102,10 @@ def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
         data=DataConfig(source="unknown"),
         diffusion=DiffusionConfig(learn_sigma=model.learn_sigma),
     )
-    return save_checkpoint(run, 0, {"ema": model.state_dict()}, config, {}, keep=1)
+    with exclusive(run):
+        if complete_checkpoints(run):
+            raise ValueError(f"{run} already holds checkpoints: give another folder")
+        return save_checkpoint(run, 0, {"ema": model.float().state_dict()}, config, {}, keep=1)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -98,33 +116,50 @@ def _read(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle fails in any way it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} would run {unsafe[1]}: refused, it is not safe") from None
         raise ValueError(
-            f"{path} is not a checkpoint that can be loaded safely: {reason}"
+            f"{path} cannot be loaded safely: it is damaged, another kind of file, or holds more "
+            f"than tensors"
         ) from None
     for key in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(
-            f"{path} holds no state dict (tensors by name, or one under 'ema' or 'model')"
-        )
     return content
 
 
 def _infer(state: dict[str, Tensor], input_size: int | tuple[int, int] | None) -> dict:
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
             raise ValueError(f"the released checkpoint lacks {name}")
-        return tuple(state[name].shape)
+        found = tuple(state[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise ValueError(
+                f"the released checkpoint has {name} of shape {found}, expected {dimensions} "
+                f"dimensions, none of them 0"
+            )
+        return found
 
-    hidden_size, in_channels, patch_size, _ = shape("patch_embed.proj.weight")
+    hidden_size, in_channels, patch_size, _ = shape("patch_embed.proj.weight", 4)
     shallow = len({name.split(".")[1] for name in state if name.startswith("in_blocks.")})
-    inner, d_state = shape("mid_block.mixer.A_log")
+    inner, d_state = shape("mid_block.mixer.A_log", 2)
+    if inner % hidden_size:
+        raise ValueError(
+            f"the released checkpoint has mid_block.mixer.A_log of {inner} rows, expected a "
+            f"multiple of {hidden_size}"
+        )
     table = "label_emb.embedding_table.weight"
-    num_classes = shape(table)[0] - 1 if table in state else 0
-    patches = shape("pos_embed")[1] - (2 if num_classes else 1)
+    num_classes = shape(table, 2)[0] - 1 if table in state else 0
+    positions, tokens = shape("pos_embed", 3), 2 if num_classes else 1
+    patches = positions[1] - tokens
+    if patches < 1:
+        raise ValueError(
+            f"the released checkpoint has pos_embed of shape {positions}, expected more than "
+            f"{tokens} positions"
+        )
     if input_size is None:
         side = math.isqrt(patches)
         if side * side != patches:
@@ -137,10 +172,10 @@ def _infer(state: dict[str, Tensor], input_size: int | tuple[int, int] | None) -
         hidden_size=hidden_size,
         depth=2 * shallow + 1,
         num_classes=num_classes,
-        learn_sigma=shape("final_layer.linear.weight")[0] == patch_size**2 * in_channels * 2,
+        learn_sigma=shape("final_layer.linear.weight", 2)[0] == patch_size**2 * in_channels * 2,
         d_state=d_state,
         expand=inner // hidden_size,
-        d_conv=shape("mid_block.mixer.conv1d.weight")[-1],
+        d_conv=shape("mid_block.mixer.conv1d.weight", 3)[-1],
         skip="concat" if any(".skip_linear." in name for name in state) else "none",
     )
 

@@ -175,7 +175,10 @@ class FolderDataset(ImageDataset):
                     raise ValueError(f"mode {image.mode} is more than 8 bits a channel")
                 return np.array(center_crop(image.convert("RGB"), self.image_size))
         except (*DAMAGED, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {path}: {error}") from error
+            raise ValueError(
+                f"cannot read image {path}: {error}; replace the file, or remove it and start "
+                f"another run, because a run keeps to its images"
+            ) from error
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -243,14 +246,15 @@ def _digits(split: str) -> TensorDataset:
 
 
 def _embedded(name: str) -> Path:
+    given = os.environ.get("DIS_SSM_DATA")
     repository = Path(__file__).resolve().parents[2] / "experiments" / "data"
-    roots = [Path(os.environ["DIS_SSM_DATA"])] if os.environ.get("DIS_SSM_DATA") else []
-    for root in [*roots, repository]:
+    for root in [*([Path(given)] if given else []), repository]:
         if (root / name).is_dir():
             return root / name
+    where = f"is not in {given} (DIS_SSM_DATA)" if given else "does not come with the package"
     raise ValueError(
-        f"source {name!r} is not in {' or '.join(map(str, [*roots, repository]))}: clone the "
-        f"repository and set DIS_SSM_DATA to its experiments/data, or give a folder of idx files"
+        f"source {name!r} {where}: clone the repository and set DIS_SSM_DATA to its "
+        f"experiments/data, or give a folder of idx files"
     )
 
 
@@ -269,7 +273,7 @@ def _idx_folder(folder: Path, split: str) -> TensorDataset:
         arrays[kind] = _read_idx(path, ndim=3 if kind == "images" else 1)
     names = folder / "classes.txt"
     if names.is_file():
-        class_names = names.read_text().splitlines()
+        class_names = names.read_text(encoding="utf-8").splitlines()
     else:
         class_names = [str(k) for k in range(int(arrays["labels"].max()) + 1)]
     labels = arrays["labels"].astype(np.int64)

@@ -411,7 +411,7 @@ class Diffusion:
             raise ValueError(
                 f"t must lie in [0, {self.num_steps - 1}], got {t.min().item()} … {t.max().item()}"
             )
-        check_condition(x, y)
+        check_inputs(x, y)
 
 
 # -- shared by the losses and the samplers -------------------------------------------------------
@@ -457,13 +457,15 @@ def draw(
     With a list, image i comes from generator i alone, whatever the batch around it.
 
     Raises:
-        ValueError: a list that has not one generator per image.
+        ValueError: something else, or a list that has not one generator per image.
     """
     if generator is None:
         return distribution(shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):
         values = distribution(shape, generator=generator, device=generator.device, dtype=dtype)
         return values.to(device)
+    if not isinstance(generator, list | tuple):
+        raise ValueError(f"generator must be a torch.Generator or a list, got {generator!r}")
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} images: give one per image")
     return torch.stack(
@@ -476,7 +478,11 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_condition(x: Tensor, y: Tensor | None):
+def check_inputs(x: Tensor, y: Tensor | None):
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floating point, in [-1, 1] when clean, got {x.dtype}")
+    if y is not None and not isinstance(y, Tensor):
+        raise ValueError(f"y must be a tensor, one row per image, got {y!r}")
     if y is not None and (y.ndim == 0 or y.shape[0] != x.shape[0]):
         raise ValueError(
             f"y has shape {tuple(y.shape)} for {x.shape[0]} images: give one per image"

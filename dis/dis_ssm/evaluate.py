@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dis_ssm.checkpoint import load_model, locate, read_state, versions, write_json
+from dis_ssm.checkpoint import check_writable, load_model, locate, read_state, versions
 from dis_ssm.config import build_diffusion, pick_device, sample_settings
 from dis_ssm.data import ImageDataset, epoch_order, open_dataset
 from dis_ssm.diffusion import Diffusion
-from dis_ssm.images import draw_images, label_columns, save_images, to_model_space
+from dis_ssm.images import draw_images, label_columns, samples_name, save_images, to_model_space
 from dis_ssm.metrics import (
     class_accuracy,
     frechet_of_features,
@@ -49,16 +49,17 @@ def evaluate_run(
     keep: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Draw `num` samples from the newest checkpoint of RUN, score them, write RUN/scores.json.
+    """Draw `num` samples from the newest checkpoint of RUN and score them.
 
     Unset `steps`, `sampler`, `cfg_scale` and `batch_size` are those of the run's [sample] section;
     `device` is a GPU when there is one. Labels are balanced: image i has class i mod K and is drawn
     from (seed, i). The bound takes `bound_images` held-out images and `bound_terms` passes each
-    (even; 0 skips it). `keep` writes RUN/samples.npz as ADM does: arr_0 uint8 (n, H, W, C),
-    arr_1 int64 labels.
+    (even; 0 skips it). `keep` writes RUN/samples/NAME.npz as ADM does: arr_0 uint8
+    (n, H, W, C), arr_1 int64 labels.
 
-    Returns what scores.json holds (see `score_samples` and `bits_per_dim`), with how it was made:
-    num, steps, sampler, cfg_scale, seed, checkpoint step, weights, device, versions.
+    Returns the scores (see `score_samples` and `bits_per_dim`) with how they were made: num, steps,
+    sampler, cfg_scale, seed, checkpoint step, weights, device, versions, and `samples`, the NAME
+    that tells these samples from others of the run. The command writes them to `scores_path`.
 
     Raises ValueError for a run without checkpoint or held-out images, samples that are not finite,
     guidance of a model without classes, and options that the sampler or the bound refuses.
@@ -88,6 +89,15 @@ def evaluate_run(
         open_dataset(config.data.source, split, config.data.image_size)
         for split in ("train", "heldout")
     )
+    if min(len(train), len(heldout)) < 2:
+        raise ValueError(f"{config.data.source}: a distance needs 2 images or more of each split")
+    if bound_terms > (most := 2 * (diffusion.num_steps - 1)):
+        raise ValueError(f"bound_terms is {bound_terms}: the diffusion allows at most {most}")
+    step = read_state(checkpoint)["step"]
+    name = samples_name(step, settings)
+    kept = run / "samples" / f"{name}.npz"
+    if keep:
+        check_writable(kept)
     num_classes = heldout.num_classes if config.model.num_classes else 0
     if num_classes:
         require_scikit_learn()  # before the minutes of sampling, not after them
@@ -98,7 +108,7 @@ def evaluate_run(
     with _watched(model, passes, "sample", progress):
         samples = draw_images(model, diffusion, shape, num, labels, settings)
     if keep:
-        save_images(samples, labels, run / "samples.npz")
+        save_images(samples, labels, kept)
     scores = score_samples(samples, labels, train, heldout)
     if bound_terms:
         scores |= bits_per_dim(
@@ -121,13 +131,21 @@ def evaluate_run(
         "cfg_scale": settings.cfg_scale,
         "seed": seed,
         "weights": "ema",
-        "checkpoint_step": read_state(checkpoint)["step"],
+        "checkpoint_step": step,
+        "samples": name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": versions() | {"numpy": np.__version__},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_json(run / "scores.json", scores)
     return scores
+
+
+def scores_path(run: Path, scores: dict) -> Path:
+    """Where the scores of these samples belong: other samples' or another bound's lie elsewhere."""
+    name = scores["samples"]
+    if "bits_per_dim" in scores:
+        name += f"-bound-{scores['bits_per_dim_images']}x{scores['bits_per_dim_terms']}"
+    return run / "scores" / f"{name}.json"
 
 
 def score_samples(
@@ -140,7 +158,7 @@ def score_samples(
 
     class_accuracy: fraction of samples that a classifier fitted on `heldout` puts into their class,
     by class as well; class_accuracy_real: the same of the images of `train`; None when `labels` is
-    None or there are fewer than two classes. fd_pixels: squared Fréchet distance over
+    None or `heldout` shows fewer than two classes. fd_pixels: squared Fréchet distance over
     `pixel_features` between `fd_num` samples and held-out images; fd_pixels_real: between as many
     images of `train` and the same held-out ones.
     """
@@ -158,7 +176,7 @@ def score_samples(
         "fd_pixels_real": frechet_of_features(other, real),
         "fd_num": n,
     }
-    if labels is not None and heldout.num_classes > 1:
+    if labels is not None and len(heldout.labels.unique()) > 1:
         fitted, checked = (_subset(d, min(len(d), MAX_JUDGED)) for d in (heldout, train))
         judged = class_accuracy(samples, labels, *fitted, *checked)
         scores["class_accuracy"] = judged["samples"]

@@ -4,7 +4,6 @@ Images are (n, C, H, W); model space is float32 in [-1, 1].
 """
 
 import math
-import os
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dis_ssm.checkpoint import drafted
 from dis_ssm.config import SampleConfig
 from dis_ssm.diffusion import Diffusion
 from dis_ssm.sampling import image_generators, image_noise, sample
@@ -48,8 +48,28 @@ def label_columns(num: int, classes: list[int]) -> tuple[Tensor | None, int]:
     return torch.tensor(classes)[torch.arange(num) % len(classes)], min(num, columns)
 
 
+def samples_name(
+    step: int, settings: SampleConfig, weights: str = "ema", classes: tuple[int, ...] = ()
+) -> str:
+    """What tells one set of samples of a run from another, as the name of its file."""
+    parts = ["step", step, settings.sampler, settings.steps, "cfg", f"{settings.cfg_scale:g}"]
+    if settings.cfg_channels is not None:
+        parts += ["channels", settings.cfg_channels]
+    if settings.cfg_interval is not None:
+        parts += ["in", *(f"{t:g}" for t in settings.cfg_interval)]
+    parts += ["eta", f"{settings.eta:g}"] if settings.eta else []
+    parts += [] if weights == "ema" else [weights]
+    parts += ["classes", *classes] if classes else []
+    return "-".join(map(str, [*parts, "num", settings.num, "seed", settings.seed]))
+
+
+def draw_images(*arguments, **options) -> Tensor:
+    """`draw_samples` as uint8."""
+    return to_uint8(draw_samples(*arguments, **options))
+
+
 @torch.no_grad()
-def draw_images(
+def draw_samples(
     model: nn.Module,
     diffusion: Diffusion,
     shape: tuple[int, int, int],
@@ -59,10 +79,11 @@ def draw_images(
     *,
     progress: bool = False,
 ) -> Tensor:
-    """Images 0 .. num-1 of `shape` (C, H, W) as uint8 on the CPU; labels int64 (num,) or None.
+    """Samples 0 .. num-1 of `shape` (C, H, W) on the CPU, float32 in model space, not clipped.
 
-    Image i depends on (settings.seed, i): all its noise comes from generator i. The model is used
-    as it is; put it in eval mode first. Warns of images that are not finite.
+    Sample i depends on (settings.seed, i): all its noise comes from generator i. labels are int64
+    (num,) or None. The model is used as it is; put it in eval mode first. Warns of samples that
+    are not finite.
     """
     device = next(model.parameters()).device
     batches = torch.arange(num).split(settings.batch_size)
@@ -81,7 +102,6 @@ def draw_images(
                 cfg_scale=settings.cfg_scale,
                 cfg_channels=settings.cfg_channels,
                 cfg_interval=settings.cfg_interval,
-                null_class=None if labels is None else model.null_class,
                 generator=generators,
                 callback=lambda *_: bar.update(),
                 clip_denoised=settings.clip_denoised,
@@ -90,7 +110,7 @@ def draw_images(
     images = torch.cat(parts)
     if wrong := (~images.isfinite()).flatten(1).any(1).sum().item():
         warnings.warn(f"{wrong} of {num} images are not finite", stacklevel=2)
-    return to_uint8(images)
+    return images
 
 
 def make_grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
@@ -120,13 +140,14 @@ def check_format(path: Path) -> None:
 
 def save_images(images: Tensor, labels: Tensor | None, path: Path, columns: int = 1) -> None:
     """Write uint8 images as a grid (.png) or as ADM's arrays (.npz): arr_0 (n, H, W, C), arr_1 the
-    labels. The folder is made if need be; a reader sees a whole file or none."""
+    labels; float samples keep (n, C, H, W). The folder is made if need be; a reader sees a whole
+    file or none."""
     check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".draft-{path.name}")
-    if path.suffix == ".npz":
-        arrays = [images.permute(0, 2, 3, 1).contiguous()] + ([] if labels is None else [labels])
-        np.savez_compressed(draft, *(array.numpy() for array in arrays))
-    else:
-        make_grid(images, columns).save(draft)
-    os.replace(draft, path)
+    with drafted(path) as draft:
+        if path.suffix == ".npz":
+            whole = images.permute(0, 2, 3, 1) if images.dtype == torch.uint8 else images
+            arrays = [whole.contiguous()] + ([] if labels is None else [labels])
+            np.savez_compressed(draft, *(array.numpy() for array in arrays))
+        else:
+            make_grid(images, columns).save(draft)

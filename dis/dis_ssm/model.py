@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from functools import partial
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -147,8 +148,8 @@ class DiS(nn.Module):
         sizes = dict(in_channels=in_channels, hidden_size=hidden_size, d_state=d_state)
         sizes |= dict(expand=expand, d_conv=d_conv, cond_dim=1 if cond_dim is None else cond_dim)
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name} must be at least 1 and an integer, got {size!r}")
         for name, p in (("class_dropout_prob", class_dropout_prob), ("drop_path", drop_path)):
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {p}")
@@ -201,7 +202,10 @@ class DiS(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class": ``num_classes``."""
+        """The label that stands for "no class": ``num_classes``.
+
+        Its row exists where ``has_null_class`` is true: with ``class_dropout_prob`` > 0.
+        """
         return self.num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -214,15 +218,15 @@ class DiS(nn.Module):
         Args:
             x: (B, C, H, W) noisy input.
             t: (B,) timestep, integer or float, in the units of training (0 ... T - 1).
-            y: (B,) integer labels (``null_class`` for none), or (B, cond_dim) vectors; None when
-                unconditional.
+            y: (B,) labels of any integer dtype (``null_class`` for none), or (B, cond_dim)
+                vectors; None when unconditional.
 
         Returns:
             (B, 2C, H, W), prediction first, then the variance channels; (B, C, H, W) without
             ``learn_sigma``.
 
         Raises:
-            ValueError: a shape or label that the model was not built for.
+            ValueError: a shape, dtype or label that the model was not built for.
         """
         self._check(x, t, y)
         h = rearrange(self.patch_embed(x), "b d h w -> b (h w) d")
@@ -261,7 +265,7 @@ class DiS(nn.Module):
         cfg_channels: int | None = None,
         interval: tuple[float, float] | None = None,
     ) -> Tensor:
-        r"""Classifier-free guidance, :math:`ε = ε_∅ + s (ε_c - ε_∅)`, in one batched pass.
+        """Classifier-free guidance in one batched pass: :func:`guide`.
 
         Args:
             x: (2B, C, H, W), the same noisy images twice; t: (2B,).
@@ -276,21 +280,18 @@ class DiS(nn.Module):
         """
         x = torch.cat([x.chunk(2)[0]] * 2)
         conditional, null = self(x, t, y).chunk(2)
-        guided = self.in_channels if cfg_channels is None else cfg_channels
-        if not 0 <= guided <= self.in_channels:
+        channels = self.in_channels if cfg_channels is None else cfg_channels
+        if not 0 <= channels <= self.in_channels:
             raise ValueError(f"cfg_channels must be 0 ... {self.in_channels}, got {cfg_channels}")
-        t = t.chunk(2)[0]
-        scale = conditional.new_full(t.shape, cfg_scale)
-        if interval is not None:
-            scale = torch.where((t >= interval[0]) & (t <= interval[1]), scale, 1.0)
-        eps = torch.lerp(null[:, :guided], conditional[:, :guided], scale[:, None, None, None])
-        return torch.cat([torch.cat([eps, conditional[:, guided:]], dim=1)] * 2)
+        inside = within(t.chunk(2)[0], interval)
+        return torch.cat([guide(conditional, null, cfg_scale, channels, inside)] * 2)
 
     def _embed_condition(self, y: Tensor | None) -> Tensor | None:
         if self.cond_embed is not None:
             return self.cond_embed(y.to(self.cond_embed.weight.dtype))
         if self.class_embed is None:
             return None
+        y = y.long()
         if self.training and self.has_null_class and self.class_dropout_prob > 0:
             drop = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
             y = torch.where(drop, self.null_class, y)
@@ -302,6 +303,9 @@ class DiS(nn.Module):
             raise ValueError(
                 f"x must be (batch, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
             )
+        weights = self.patch_embed.weight.dtype
+        if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x is {x.dtype} and the model {weights}: give x.to({weights})")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
         if self.num_classes == 0 and self.cond_dim is None:
@@ -316,17 +320,46 @@ class DiS(nn.Module):
         if y.shape != shape:
             raise ValueError(f"y must have shape {tuple(shape)}, got {tuple(y.shape)}")
         if self.class_embed is not None:
-            _check_labels(y, self.class_embed.num_embeddings)
+            _check_labels(y, self.class_embed.num_embeddings, self.num_classes)
 
 
-def _check_labels(y: Tensor, rows: int) -> None:
-    if y.is_floating_point() or y.is_complex():
+def guide(
+    conditional: Tensor,
+    unconditional: Tensor,
+    cfg_scale: float,
+    channels: int,
+    inside: Tensor | None = None,
+) -> Tensor:
+    """Classifier-free guidance of model outputs (Ho & Salimans 2021), out_∅ + s (out_y - out_∅).
+
+    On the first ``channels`` of the images that are ``inside``, (B,) bool, all when None; the rest
+    stays conditional, as everything does at s = 1.
+    """
+    if cfg_scale == 1:
+        return conditional
+    towards, away = conditional[:, :channels], unconditional[:, :channels]
+    result = away + cfg_scale * (towards - away)
+    if inside is not None:
+        result = torch.where(inside.reshape(-1, *[1] * (result.ndim - 1)), result, towards)
+    return torch.cat([result, conditional[:, channels:]], dim=1)
+
+
+def within(t: Tensor, interval: tuple[float, float] | None) -> Tensor | None:
+    """Which timesteps lie in (low, high), both included: bool like t; None without an interval."""
+    return None if interval is None else (t >= interval[0]) & (t <= interval[1])
+
+
+def _check_labels(y: Tensor, rows: int, num_classes: int) -> None:
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {y.dtype}")
     if y.device.type != "cpu" or torch.compiler.is_compiling():
         return  # the embedding itself traps; a check here would wait for the device
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < rows:
-        wrong = y[(y < 0) | (y >= rows)][0]
-        raise ValueError(f"label {int(wrong)} is out of range: the model knows 0 ... {rows - 1}")
+        wrong = int(y[(y < 0) | (y >= rows)][0])
+        hint = ""
+        if wrong == num_classes:
+            hint = "; it has no null class, having been built without label dropout"
+        raise ValueError(f"label {wrong} is out of range: the model knows 0 ... {rows - 1}{hint}")
 
 
 def _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dis_ssm.checkpoint import DRAFT
+from dis_ssm.checkpoint import drafted
 from dis_ssm.images import make_grid
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -87,7 +87,7 @@ class RunLog:
         self.meter |= meter
         path = run / "log.jsonl"
         truncate_log(path, step)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def __enter__(self) -> "RunLog":
@@ -124,11 +124,12 @@ class RunLog:
         return line
 
     def images(self, step: int, images: Tensor, columns: int) -> None:
-        """Write a grid of samples to RUN/samples/step-%06d.png and to TensorBoard."""
+        """Write a grid of samples to `preview_path` and to TensorBoard."""
         grid = make_grid(images, columns)
-        path = self.run / "samples" / f"step-{step:06d}.png"
+        path = preview_path(self.run, step)
         path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        with drafted(path) as draft:
+            grid.save(draft)
         self._board.add_image("samples", np.array(grid.convert("RGB")), step, dataformats="HWC")
 
     def sync(self) -> None:
@@ -137,18 +138,21 @@ class RunLog:
         self._board.flush()
 
 
+def preview_path(run: Path, step: int) -> Path:
+    return run / "samples" / f"step-{step:06d}.png"
+
+
 def truncate_log(path: Path, step: int) -> None:
     """Keep the lines up to `step`; a line that was half written ends what can be kept."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] > step:
                 break
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line + "\n")
-    draft = path.with_name(DRAFT + path.name)
-    draft.write_text("".join(kept))
-    os.replace(draft, path)
+    with drafted(path) as draft:
+        draft.write_text("".join(kept), encoding="utf-8")

@@ -9,13 +9,15 @@ import copy
 import hashlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.diffusion import Diffusion, Generators, Model, check_condition, draw, working_dtype
+from dis_ssm.diffusion import Diffusion, Generators, Model, check_inputs, draw, working_dtype
+from dis_ssm.model import guide, within
 
 SAMPLERS = ("ddpm", "ddim")
 DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
@@ -63,7 +65,7 @@ def sample(
         ValueError: an unknown sampler, steps out of range, options that do not go together, a
             scheduler that does not fit the diffusion, or what `guided` and the model raise.
     """
-    check_condition(noise, y)
+    check_inputs(noise, y)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     denoise = guided(
@@ -122,7 +124,7 @@ def ddim_invert(
     with the number of steps; more converge to the exact inverse where the model is smooth enough.
     For guidance hand it a `guided` model. callback(i, t, x) is called with the x reached at t.
     """
-    check_condition(x0, y)
+    check_inputs(x0, y)
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     x = x0.to(working_dtype(x0))
@@ -187,31 +189,35 @@ def guided(
             (cond_dim,), which must be given.
 
     Raises:
-        ValueError: y is None, no null is known, or channels or interval make no sense.
+        ValueError: y is None, the model has no null class, or scale, channels or interval make no
+            sense.
     """
-    if interval is not None and not interval[0] <= interval[1]:
-        raise ValueError(f"the guidance interval must be (low, high) in timesteps, got {interval}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be finite, got {cfg_scale}")
+    match interval:
+        case None:
+            pass
+        case (low, high) if low <= high:
+            pass
+        case _:
+            raise ValueError(f"the guidance interval must be (low, high), got {interval}")
     if cfg_scale == 1:
         return model
-    null = getattr(model, "null_class", None) if null_class is None else null_class
+    null = null_class
+    if null is None and getattr(model, "has_null_class", True):
+        null = getattr(model, "null_class", None)
 
     def guided_model(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         count = x.shape[1] if channels is None else channels
         if not 0 <= count <= x.shape[1]:
             raise ValueError(f"cannot guide {channels} of {x.shape[1]} channels")
         nulls = _null_like(y, null, cfg_scale)
-        inside = None
-        if interval is not None:
-            inside = (t >= interval[0]) & (t <= interval[1])
-            if not inside.any():
-                return model(x, t, y)
+        inside = within(t, interval)
+        if inside is not None and not inside.any():
+            return model(x, t, y)
         output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls]))
         conditional, unconditional = output.to(working_dtype(output)).chunk(2)
-        towards, away = conditional[:, :count], unconditional[:, :count]
-        result = away + cfg_scale * (towards - away)
-        if inside is not None:
-            result = torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), result, towards)
-        return torch.cat([result, conditional[:, count:]], 1)
+        return guide(conditional, unconditional, cfg_scale, count, inside)
 
     return guided_model
 
@@ -220,12 +226,15 @@ def _null_like(y: Tensor | None, null: int | Tensor | None, cfg_scale: float) ->
     if y is None:
         raise ValueError(f"cfg_scale = {cfg_scale} guides towards a condition, but y is None")
     if null is None:
-        raise ValueError(f"cfg_scale = {cfg_scale} needs null_class: the model names none")
+        raise ValueError(
+            f"cfg_scale = {cfg_scale} needs null_class: the model has no null class, as one that "
+            f"was trained without label dropout, or does not name it"
+        )
     if y.is_floating_point():
         if not isinstance(null, Tensor) or not null.is_floating_point():
             raise ValueError(f"y is a vector, so null_class must be one too, got {null!r}")
         return null.to(y).expand_as(y)
-    return torch.as_tensor(null, dtype=y.dtype, device=y.device).expand_as(y)
+    return torch.as_tensor(null, dtype=torch.int64, device=y.device).expand_as(y)
 
 
 # -- steps ---------------------------------------------------------------------------------------
@@ -238,22 +247,22 @@ def respaced(num_steps: int, steps: int) -> list[int]:
     Raises:
         ValueError: steps outside [1, T].
     """
-    if not 1 <= steps <= num_steps:
-        raise ValueError(f"steps must lie in [1, {num_steps}], got {steps}")
+    if not 1 <= steps <= num_steps or steps % 1:
+        raise ValueError(f"steps must be an integer in [1, {num_steps}], got {steps}")
     if steps == 1:
         return [num_steps - 1]
-    return np.linspace(0, num_steps - 1, steps).round().astype(int).tolist()
+    return np.linspace(0, num_steps - 1, int(steps)).round().astype(int).tolist()
 
 
 def _descending(diffusion: Diffusion, steps: int | Sequence[int]) -> list[tuple[int, int]]:
     """(t, s) from the noisiest step to the last, whose s is -1."""
-    if isinstance(steps, int):
+    if not isinstance(steps, Iterable):
         steps = respaced(diffusion.num_steps, steps)
     chain = [-1, *map(int, steps)]
     if len(chain) < 2 or chain[-1] >= diffusion.num_steps:
         raise ValueError(f"timesteps must lie in [0, {diffusion.num_steps - 1}], got {chain[1:]}")
-    if any(t <= s for s, t in itertools.pairwise(chain)):
-        raise ValueError(f"timesteps must be ≥ 0 and increase, got {chain[1:]}")
+    if chain[1:] != list(steps) or any(t <= s for s, t in itertools.pairwise(chain)):
+        raise ValueError(f"timesteps must be integers ≥ 0 that increase, got {list(steps)}")
     return list(zip(chain[:0:-1], chain[-2::-1], strict=True))
 
 
@@ -272,8 +281,9 @@ def _posterior_variance(diffusion: Diffusion, t: int, s: int) -> float:
 def _run_scheduler(scheduler, denoise, diffusion, noise, y, steps, eta, generator, callback):
     """The common loop of diffusers pipelines, on a copy of the scheduler."""
     scheduler = _fitted_scheduler(scheduler, diffusion)
-    if not isinstance(steps, int) or not 1 <= steps <= diffusion.num_steps:
-        raise ValueError(f"a scheduler needs steps in [1, {diffusion.num_steps}], got {steps}")
+    if isinstance(steps, Iterable):
+        raise ValueError(f"a scheduler needs the number of steps, got {steps}")
+    steps = len(respaced(diffusion.num_steps, steps))
     if isinstance(generator, list) and len(generator) != len(noise):
         raise ValueError(f"{len(generator)} generators for {len(noise)} images: give one per image")
     accepted = inspect.signature(scheduler.step).parameters
@@ -305,9 +315,11 @@ def _fitted_scheduler(scheduler, diffusion: Diffusion):
     the prediction to three channels, so their variance type is cleared.
     """
     name = type(scheduler).__name__
-    if not all(hasattr(scheduler, part) for part in ("set_timesteps", "step", "config")):
+    parts = ("set_timesteps", "step", "config")
+    if isinstance(scheduler, type) or not all(hasattr(scheduler, part) for part in parts):
         raise ValueError(
-            f"sampler must be {', '.join(SAMPLERS)} or a diffusers scheduler, got {scheduler!r}"
+            f"sampler must be {', '.join(SAMPLERS)} or a diffusers scheduler object, got "
+            f"{scheduler!r}"
         )
     kind = scheduler.config.get("prediction_type")
     if DIFFUSERS_PREDICTIONS.get(kind) != diffusion.prediction:

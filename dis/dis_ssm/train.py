@@ -47,7 +47,7 @@ from dis_ssm.config import (
 from dis_ssm.data import ImageDataset, batch_indices, open_dataset
 from dis_ssm.ema import EMA
 from dis_ssm.images import draw_images, label_columns, to_model_space
-from dis_ssm.runs import RunLog, StopSignal, exclusive
+from dis_ssm.runs import RunLog, StopSignal, exclusive, preview_path
 
 PARTS = ("model", "ema", "optimizer")
 
@@ -72,21 +72,30 @@ def train(config: Config) -> Outcome:
     """
     config, dataset = _open(config)
     run, steps = config.out, config.train.steps
+    trainer = Trainer(config)  # before the folder is made: what is refused leaves none
     with exclusive(run), StopSignal() as stop:
-        trainer = Trainer(config)
         meter = _resume(trainer, run, len(dataset))
-        if trainer.step >= steps:
+        # a process killed between saving a step and drawing it still owes the preview
+        owed = trainer.shows_step() and not preview_path(run, trainer.step).exists()
+        done = trainer.step >= steps
+        if done:
             print(f"{run} is done: {trainer.step} of {steps} steps")
-            return Outcome(run, trainer.step)
-        write_json(run / "config.json", to_dict(config))
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        print(
-            f"{run}: {parameters:,} parameters, {len(dataset):,} images, steps {trainer.step:,} to "
-            f"{steps:,} on {trainer.device}",
-            flush=True,
-        )
-        with RunLog(run, trainer.step, meter) as log:
-            _train(trainer, dataset, stop, log)
+        else:
+            write_json(run / "config.json", to_dict(config))
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            print(
+                f"{run}: {parameters:,} parameters, {len(dataset):,} images, steps "
+                f"{trainer.step:,} to {steps:,} on {trainer.device}",
+                flush=True,
+            )
+        if owed or not done:
+            with RunLog(run, trainer.step, meter) as log:
+                if owed:
+                    log.images(trainer.step, *trainer.preview())
+                if not done:
+                    _train(trainer, dataset, stop, log)
+    if trainer.nonfinite:
+        print(f"{trainer.nonfinite:,} of {trainer.step:,} steps were not finite and were skipped")
     return Outcome(run, trainer.step, stop.received if trainer.step < steps else None)
 
 
@@ -168,6 +177,11 @@ class Trainer:
         half = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return self.forward(x, t, y)
+
+    def shows_step(self) -> bool:
+        """Whether the step that was reached has a preview: each `sample.every`-th and the last."""
+        every, last = self.config.sample.every, self.config.train.steps
+        return bool(every and self.step and (self.step % every == 0 or self.step == last))
 
     def preview(self) -> tuple[Tensor, int]:
         """uint8 samples of the averaged weights, and the columns of their grid."""
@@ -333,8 +347,7 @@ def _train(trainer: Trainer, dataset: ImageDataset, stop: StopSignal, log: RunLo
             if last or trainer.step % settings.save_every == 0:
                 log.sync()
                 trainer.save(log.meter, len(dataset))
-            every = config.sample.every
-            if every and not stop.received and (done or trainer.step % every == 0):
+            if trainer.shows_step() and not stop.received:
                 log.images(trainer.step, *trainer.preview())
             if diverged:
                 raise FloatingPointError(
