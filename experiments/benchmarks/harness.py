@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TURN = 0.02  # seconds, or one call if that is longer
+TURN = 0.1  # seconds, or one call if that is longer
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 

@@ -96,33 +96,31 @@ INLINE vf exp2_product(vf a, vf b) {
   return x > splat(130.0f) ? splat(__builtin_inff()) : p;
 }
 
-// exp(x): 0 below -88 and inf above 88.7; for a NaN anything.
-INLINE vf exp(vf x) {
-  x *= LOG2E;
+// 2^x for x <= 128: inf there, 0 below -127; for a NaN anything.
+INLINE vf exp2_bounded(vf x) {
+  const vf magic = splat(12582912.0f);
   x = x < splat(-127.0f) ? splat(-127.0f) : x;
-  x = x > splat(128.0f) ? splat(128.0f) : x;
-  return exp2_product<true>(x, splat(1.0f));
+  vf biased = x + magic, r = x - (biased - magic), r2 = r * r;
+  vf a = 1.0f + 6.931469776e-1f * r, b = 2.402224208e-1f + 5.550733744e-2f * r;
+  vf c = 9.671512700e-3f + 1.326472726e-3f * r;
+  return (vf)((vi)(a + r2 * (b + r2 * c)) + ((vi)biased << 23));
 }
 
-INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+INLINE vf sigmoid(vf x) {
+  x *= -LOG2E;
+  return 1.0f / (1.0f + exp2_bounded(x > splat(128.0f) ? splat(128.0f) : x));
+}
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + u), u = exp(-|x|).
-// log(1 + u) = log(1 + f), or log 2 + log(1 + f) with f = (u - 1) / 2 where u > sqrt(2) - 1.
+// log(1 + exp(x)) = max(x, 0) + log(1 + u), u = exp(-|x|); log(1 + u) = 2 atanh(s), s = u / (2 + u).
 INLINE vf softplus(vf x) {
-  vf u = exp(-abs(x));
-  vi upper = u > splat(0.41421356f);
-  vf f = upper ? 0.5f * u - 0.5f : u;
-  vf p = splat(8.722358942e-2f);
-  p = p * f - 1.436684877e-1f;
-  p = p * f + 1.495226771e-1f;
-  p = p * f - 1.656239182e-1f;
-  p = p * f + 1.995683312e-1f;
-  p = p * f - 2.500207424e-1f;
-  p = p * f + 3.333418667e-1f;
-  p = p * f - 4.999998808e-1f;
-  p = p * f + 1.0f;
-  vf y = x < vf{} ? vf{} : x;
-  return p * f + (upper ? y + 0.69314718f : y);
+  vf u = exp2_bounded(abs(x) * -LOG2E);
+  vf s = u / (2.0f + u), q = s * s;
+  vf p = splat(2.817834616e-1f);
+  p = p * q + 2.796060145e-1f;
+  p = p * q + 4.002490938e-1f;
+  p = p * q + 6.666631699e-1f;
+  p = p * q + 2.0f;
+  return (x < vf{} ? vf{} : x) + p * s;
 }
 
 struct Gate {  // silu(z) and its derivative
