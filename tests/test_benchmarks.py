@@ -67,7 +67,7 @@ def test_short_calls_are_repeated(load, clock):
 
     found = load("harness").race({"a": run}, 3)
     assert found["a"]["ms"] == pytest.approx(1.0)
-    assert calls[0] == 2 + 3 * (1 + 20)  # a turn lasts 0.02 s after its warm-up call
+    assert calls[0] == 2 + 3 * (1 + 100)  # a turn lasts 0.1 s after its warm-up call
 
 
 def test_contenders_take_turns(load):
@@ -386,11 +386,11 @@ def test_scan_from_end_to_end(load, native, tmp_path):
     assert found.returncode == 0, found.stderr
     report = json.loads(out.read_text())
     assert {"command", "date", "commit", "device", "versions"} <= report.keys()
-    assert report["exp2 on one thread"]["relative error"] < 1e-6
     table = report["(batch, length, channels, state) = (1, 5, 32, 16)"]
     for part in ("forward", "forward and backward"):
         rows = table[part]
         assert {"kernel", "kernel, both directions", "lean PyTorch loop"} <= rows.keys()
+        assert ("as many exponentials" in rows) == (part == "forward")
         assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows.values())
     steps = 5 * 32 * 16 / table["forward"]["kernel"]["ms"] / 1e6
     assert table["forward"]["kernel"]["G state-steps/s"] == pytest.approx(steps, abs=0.01)
