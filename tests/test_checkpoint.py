@@ -17,15 +17,17 @@ from dis_ssm.checkpoint import (
     clean_drafts,
     complete_checkpoints,
     load_model,
-    load_optimizer,
+    load_part,
     load_weights,
     locate,
     newest_intact,
     optimizer_tensors,
+    read_part,
     save_checkpoint,
 )
-from dis_ssm.config import Config, ModelConfig, build_model
-from dis_ssm.train import PARTS, parameter_groups
+from dis_ssm.config import Config, ModelConfig, TrainConfig, build_model
+from dis_ssm.optimizer import build_optimizer
+from dis_ssm.train import PARTS
 
 CONFIG = Config(
     model=ModelConfig(
@@ -64,7 +66,8 @@ def test_what_is_saved_comes_back(tmp_path, model):
     folder = save(tmp_path, model, 7)
     files = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert set(os.listdir(folder)) == files | {"state.json", "COMPLETE"}
-    found, state, parts = newest_intact(tmp_path, PARTS)
+    found, state = newest_intact(tmp_path, PARTS)
+    parts = {name: read_part(found, state, name) for name in PARTS}
     assert found == folder and state["step"] == 7 and state["trainer"] == {"step": 7}
     for name, tensors in parts_of(model).items():
         assert parts[name].keys() == tensors.keys()
@@ -237,9 +240,8 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, model):
 
 def small_optimizer(order):
     torch.manual_seed(1)
-    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in sorted(order)})
-    parameters = [p for name in order for p in model[name].parameters()]
-    return model, torch.optim.AdamW(parameters, lr=0.1)
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in order})
+    return model, build_optimizer(model, TrainConfig(lr=0.1))
 
 
 def update(model, optimizer, seed):
@@ -250,7 +252,13 @@ def update(model, optimizer, seed):
     optimizer.step()
 
 
-def test_optimizer_state_goes_by_name_not_by_position():
+def save_optimizer(run, model, optimizer):
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)}
+    save_checkpoint(run, 1, parts, CONFIG, {}, 1)
+    return newest_intact(run, ("optimizer",))
+
+
+def test_optimizer_state_goes_by_name_not_by_position(tmp_path):
     model, optimizer = small_optimizer(["a", "b"])
     update(model, optimizer, 2)
     tensors = optimizer_tensors(optimizer, model)
@@ -260,22 +268,25 @@ def test_optimizer_state_goes_by_name_not_by_position():
         for p in ("weight", "bias")
         for slot in ("step", "exp_avg", "exp_avg_sq")
     }
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    saved = save_optimizer(tmp_path, model, optimizer)
     other, reordered = small_optimizer(["b", "a"])
     other.load_state_dict(model.state_dict())
-    load_optimizer(reordered, other, tensors, "here")
+    load_part(*saved, "optimizer", optimizer_tensors(reordered, other))
     for m, o in ((model, optimizer), (other, reordered)):
         update(m, o, 3)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
 
 
-def test_optimizer_state_that_does_not_fit_is_named():
-    model, optimizer = small_optimizer(["a", "b"])
-    with pytest.raises(CheckpointError, match=r"here has c\.weight/exp_avg.*c\.weight"):
-        load_optimizer(optimizer, model, {"c.weight/exp_avg": torch.ones(3, 3)}, "here")
-    with pytest.raises(CheckpointError, match=r"a\.bias/exp_avg of shape \(4,\).*\(3,\)"):
-        load_optimizer(optimizer, model, {"a.bias/exp_avg": torch.ones(4)}, "here")
+def test_optimizer_state_that_does_not_fit_is_named(tmp_path):
+    saved = save_optimizer(tmp_path, *small_optimizer(["a", "b"]))
+    model, optimizer = small_optimizer(["a", "c"])
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors lacks c\.weight/step"):
+        load_part(*saved, "optimizer", optimizer_tensors(optimizer, model))
+    own = optimizer_tensors(*small_optimizer(["a", "b"])[::-1])
+    own["a.bias/exp_avg"] = torch.ones(4)
+    with pytest.raises(CheckpointError, match=r"a\.bias/exp_avg of shape \(3,\).*\(4,\)"):
+        load_part(*saved, "optimizer", own)
 
 
 def test_state_names_config_versions_and_every_file(tmp_path, model):
@@ -285,16 +296,6 @@ def test_state_names_config_versions_and_every_file(tmp_path, model):
     assert state["config"]["model"]["input_size"] == [8, 4]
     sizes = {p.name: p.stat().st_size for p in folder.glob("*.safetensors")}
     assert {name: entry["size"] for name, entry in state["files"].items()} == sizes
-
-
-def test_groups_survive_in_an_optimizer_without_any_update(tmp_path, model):
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
-    parts = parts_of(model) | {"optimizer": optimizer_tensors(optimizer, model)}
-    save_checkpoint(tmp_path, 1, parts, CONFIG, {}, 1)
-    _, _, parts = newest_intact(tmp_path, PARTS)
-    load_optimizer(optimizer, model, parts["optimizer"], "here")
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
-    assert not optimizer.state
 
 
 def test_the_one_just_written_outlives_a_damaged_later_one(tmp_path, model):
@@ -327,7 +328,7 @@ def test_a_marker_of_any_bytes_is_damage(tmp_path, model, content):
     save(tmp_path, model, 2)
     (save(tmp_path, model, 4) / "COMPLETE").write_bytes(content)
     with pytest.warns(UserWarning, match="altered"):
-        folder, _, _ = newest_intact(tmp_path, PARTS)
+        folder, _ = newest_intact(tmp_path, PARTS)
     assert folder.name == "00000002"
 
 

@@ -144,9 +144,8 @@ def test_running_again_reports_or_refuses(run, capsys):
 def test_status_of_a_stopped_run(run, tmp_path, monkeypatch, capsys, number, status):
     update = Trainer.update
 
-    def stopped(self, batch):
-        signal.raise_signal(number)
-        return update(self, batch)
+    def stopped(self, batch, stop=None):
+        return update(self, batch, number)
 
     monkeypatch.setattr(Trainer, "update", stopped)
     assert main(["train", config_of(run), "--out", str(tmp_path / "run")]) == status
@@ -167,7 +166,7 @@ def test_a_batch_that_no_memory_holds_is_one_line(run, tmp_path, capsys):
 
 
 def test_a_diverged_run_is_one_line(run, tmp_path, monkeypatch, capsys):
-    def nan(self, batch):
+    def nan(self, batch, stop=None):
         self.nonfinite_in_a_row = 10
         self.step += 1
         return {"loss": float("nan")}

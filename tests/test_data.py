@@ -1,8 +1,10 @@
 import gzip
 import hashlib
 import struct
-import subprocess
 import sys
+import threading
+import types
+import warnings
 
 import numpy as np
 import pytest
@@ -133,7 +135,8 @@ def test_fashion_is_found_through_the_environment(tmp_path, monkeypatch):
     assert len(open_dataset("fashion-mnist")) == 2
     monkeypatch.setenv("DIS_SSM_DATA", str(tmp_path / "nowhere"))
     assert len(open_dataset("fashion-mnist")) == 6000
-    monkeypatch.setattr("dis_ssm.data.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    elsewhere = str(tmp_path / "a" / "b" / "c" / "d.py")
+    monkeypatch.setattr("dis_ssm.sources.arrays.__file__", elsewhere)
     with pytest.raises(ValueError, match=r"is not in .*nowhere.*set DIS_SSM_DATA"):
         open_dataset("fashion-mnist")
     monkeypatch.delenv("DIS_SSM_DATA")
@@ -260,11 +263,124 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "a" / "1.png").write_bytes(good.read_bytes()[:100])
     (tmp_path / "a" / "2.png").write_text("hello")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "a" / "3.png")
-    ds = open_dataset(tmp_path, image_size=8)
+    ds = open_dataset(tmp_path, image_size=8, max_corrupt=0)
     assert ds[0][0].shape == (3, 8, 8)
     for i in (1, 2, 3):
         with pytest.raises(ValueError, match=rf"cannot read image .*{i}\.png.*; replace the file"):
             ds.batch([0, i])
+
+
+def ten_images(folder, broken=()):
+    """Image k is solid (k, k, k), of class 0 (the first five) or 1."""
+    for k in range(10):
+        path = solid(folder / "ab"[k // 5] / f"{k}.png", (k, k, k))
+        if k in broken:
+            path.write_bytes(path.read_bytes()[:40])
+    return folder
+
+
+def values(images):
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_corrupt_image_gives_way_to_the_next(tmp_path, workers):
+    folder = ten_images(tmp_path, broken=(1, 4, 9))
+    ds = open_dataset(folder, image_size=8, workers=workers)
+    with pytest.warns(UserWarning) as seen:
+        x, y = ds.batch([4, 9, 0, 1, 4, -1])
+    assert values(x) == [5, 0, 0, 2, 5, 0]  # after the last comes the first
+    assert y.tolist() == [1, 0, 0, 0, 1, 0]  # the label of the image that is shown
+    said = [str(w.message) for w in seen]
+    assert len(said) == 3 and all("of at most 10" in text for text in said)
+    for text, name in zip(said, ("a/4.png", "b/9.png", "a/1.png"), strict=True):
+        assert f"cannot read image {folder / name}: " in text and "skipped" in text
+    assert list(ds.corrupt) == [4, 9, 1] and "9.png: " in ds.corrupt[9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # each is named once
+        assert values(ds.batch(range(10))[0]) == [0, 2, 2, 3, 5, 5, 6, 7, 8, 0]
+        x, y, kept = ds.read([4, 8, 1, 2, -2])
+    assert kept.tolist() == values(x) == [8, 2, 8] and kept.dtype == torch.int64
+    assert y.tolist() == [1, 0, 1] and x.shape[1:] == (3, 8, 8)
+    assert [part.shape[0] for part in ds.read([1, 9])] == [0, 0, 0]
+    assert ds[4][1] == 1 and ds[4][0][0, 0, 0] == 5
+
+
+def test_what_replaces_a_corrupt_image_does_not_depend_on_history(tmp_path):
+    folder = ten_images(tmp_path, broken=(3, 4, 5))
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for order in ([3], [5, 4, 3], [9, 4, 3]):
+            ds = open_dataset(folder, image_size=8)
+            results.append((values(ds.batch(order)[0])[-1], sorted(ds.corrupt)))
+    assert results == [(6, [3, 4, 5])] * 3
+
+
+def test_too_many_corrupt_images(tmp_path):
+    folder = ten_images(tmp_path, broken=(0, 2, 4))
+    ds = open_dataset(folder, image_size=8, max_corrupt=2)
+    with pytest.warns(UserWarning, match=r"0\.png.*1 of at most 2"):
+        ds.read([0, 1])
+    message = r"(?s)3 images of .* more than max_corrupt 2; replace .*0\.png.*2\.png.*4\.png"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
+        ds.batch(range(10))
+    with pytest.raises(ValueError, match="more than max_corrupt 2"):  # and so it stays
+        ds.batch([0])
+    strict = open_dataset(folder, image_size=8, max_corrupt=0)
+    with pytest.raises(ValueError, match=r"cannot read image .*0\.png: .*; replace the file"):
+        strict.read(range(10))
+    nothing = open_dataset(ten_images(tmp_path / "x", range(10)), image_size=8)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"no image of .* can be"):
+        nothing.batch([6])
+
+
+def test_a_vanished_file_is_an_error_at_once(tmp_path):
+    ds = open_dataset(ten_images(tmp_path), image_size=8)
+    (tmp_path / "a" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"cannot read image .*3\.png: .*No such file.*; replace"):
+        ds.batch(range(10))
+    assert not ds.corrupt
+
+
+def test_readers_in_memory_leave_nothing_out():
+    ds = open_dataset("digits")
+    x, y, kept = ds.read([5, 2])
+    assert kept.tolist() == [5, 2] and ds.corrupt == {}
+    assert all(map(torch.equal, (x, y), ds.batch([5, 2])))
+
+
+def test_limits_that_are_wrong(tmp_path):
+    folder = ten_images(tmp_path)
+    for name, value in (("max_corrupt", -1), ("workers", 0)):
+        with pytest.raises(ValueError, match=f"{name} {value} must be at least"):
+            open_dataset(folder, image_size=8, **{name: value})
+    with pytest.raises(IndexError):
+        open_dataset(folder, image_size=8).batch([0, 10])
+
+
+def test_one_pool_of_threads_serves_a_dataset(tmp_path):
+    ds = open_dataset(ten_images(tmp_path), image_size=8, workers=2)
+    before = threading.active_count()
+    for _ in range(5):
+        ds.batch(range(10))
+    assert before < threading.active_count() <= before + 2
+
+
+def test_a_manifest_makes_it_a_latent_cache(tmp_path, monkeypatch):
+    opened = types.SimpleNamespace(open_cache=lambda folder: ("latents of", folder))
+    monkeypatch.setitem(sys.modules, "dis_ssm.latents", opened)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text('{"split": "train", "image_size": 64}')
+    assert open_dataset(str(tmp_path)) == open_dataset(tmp_path, "train", 64)
+    assert open_dataset(tmp_path) == ("latents of", tmp_path)
+    with pytest.raises(ValueError, match="was encoded with split 'train', not 'heldout'"):
+        open_dataset(tmp_path, "heldout")
+    with pytest.raises(ValueError, match="was encoded with image_size 64, not 32"):
+        open_dataset(tmp_path, image_size=32)
+    manifest.write_text("[")
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a latent cache"):
+        open_dataset(tmp_path)
 
 
 def test_folder_errors(tmp_path):
@@ -297,12 +413,7 @@ def test_names_that_are_wrong():
     assert len(open_dataset("digits", image_size=8)) == 1195
 
 
-def test_digits_without_scikit_learn_name_the_extra():
-    code = (
-        "import sys; sys.modules['sklearn'] = None\n"
-        "from dis_ssm.data import open_dataset\n"
-        "try: open_dataset('digits')\n"
-        "except ImportError as e: assert 'dis-ssm[demo]' in str(e), e\n"
-        "else: raise SystemExit('no error')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"dis-ssm\[demo\]"):
+        open_dataset("digits")

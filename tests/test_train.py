@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 from dis_ssm import train as training
-from dis_ssm.checkpoint import complete_checkpoints, load_model, newest_intact
+from dis_ssm.batches import batches, derive_seed, draw_batch, open_run
+from dis_ssm.checkpoint import complete_checkpoints, load_model, newest_intact, read_part
 from dis_ssm.config import (
     Config,
     DataConfig,
@@ -31,18 +32,12 @@ from dis_ssm.config import (
 from dis_ssm.data import open_dataset
 from dis_ssm.ema import EMA
 from dis_ssm.images import draw_images, make_grid
+from dis_ssm.optimizer import learning_rate, parameter_groups
+from dis_ssm.preview import Painter
 from dis_ssm.runs import exclusive, truncate_log
-from dis_ssm.train import (
-    PARTS,
-    Trainer,
-    derive_seed,
-    draw_batch,
-    learning_rate,
-    parameter_groups,
-    train,
-)
+from dis_ssm.train import PARTS, Trainer, train
 
-TIMES = ("images_per_second", "seconds")
+TIMES = ("images_per_second", "seconds", "tflops", "memory_gb", "data_wait")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +62,12 @@ def tiny(out="unused", **settings):
 
 
 def trainer_of(config):
-    return Trainer(training._open(config)[0])
+    return Trainer(open_run(config)[0])
+
+
+def intact(run):
+    folder, state = newest_intact(run, PARTS)
+    return folder, state, {name: read_part(folder, state, name) for name in PARTS}
 
 
 def read_log(run):
@@ -146,8 +146,7 @@ def test_ema_is_its_closed_form(warmup):
         torch.testing.assert_close(ema.tensors["weight"].double(), expected, rtol=1e-5, atol=1e-6)
     assert ema.tensors["count"] == 20 and ema.updates == 20
     own = model.weight.detach().clone()
-    with ema.applied(model):
-        assert torch.equal(model.weight, ema.tensors["weight"])
+    assert torch.equal(ema.whole()["weight"], ema.tensors["weight"])
     assert torch.equal(model.weight, own)
 
 
@@ -167,7 +166,7 @@ def test_ema_is_float32_whatever_the_model():
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    config = training._open(tiny())[0]
+    config = open_run(tiny())[0]
     first = draw_batch(config, digits(), 3)
     torch.manual_seed(99)
     again = draw_batch(config, digits(), 3)
@@ -179,7 +178,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_batches_hold_each_image_once_an_epoch_half_mirrored_a_tenth_unlabelled():
-    config = training._open(tiny(batch_size=len(digits())))[0]
+    config = open_run(tiny(batch_size=len(digits())))[0]
     batch = draw_batch(config, digits(), 0)
     images, labels = digits().batch(range(len(digits())))
     plain = {x.numpy().tobytes(): int(y) for x, y in zip(images, labels, strict=True)}
@@ -226,7 +225,7 @@ def gradients(micro_batch_size):
     awaken(trainer.model)
     batch = draw_batch(trainer.config, digits(), 0)
     batch = dataclasses.replace(batch, x=batch.x.double(), noise=batch.noise.double())
-    losses = trainer.accumulate(batch)
+    losses, _ = trainer.accumulate(batch)
     return losses, {name: p.grad for name, p in trainer.model.named_parameters()}
 
 
@@ -295,13 +294,13 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def poison(monkeypatch, steps):
-    def draw(config, dataset, step):
-        batch = draw_batch(config, dataset, step)
-        if step in steps:
-            batch.x[0, 0, 0, 0] = math.nan
-        return batch
+    def poisoned(config, dataset, first, world):
+        for step, batch in enumerate(batches(config, dataset, first, world), first):
+            if step in steps:
+                batch.x[0, 0, 0, 0] = math.nan
+            yield batch
 
-    monkeypatch.setattr(training, "draw_batch", draw)
+    monkeypatch.setattr(training, "batches", poisoned)
 
 
 def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
@@ -311,7 +310,8 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, 
     bad.noise[2, 0, 1, 1] = math.inf
     assert not math.isfinite(trainer.update(bad)["loss"])
     assert all(torch.equal(before[n], v) for n, v in trainer.model.state_dict().items())
-    assert not trainer.optimizer.state and trainer.ema.updates == 0
+    assert not any(s["step"] for s in trainer.optimizer.state.values())
+    assert trainer.ema.updates == 0
     assert (trainer.step, trainer.nonfinite, trainer.nonfinite_in_a_row) == (1, 1, 1)
     poison(monkeypatch, {1, 3})
     train(tiny(tmp_path, max_nonfinite=2))
@@ -325,7 +325,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run_with_its_state_saved(tmp_path, mo
     poison(monkeypatch, {2, 3, 4, 5})
     with pytest.raises(FloatingPointError, match=r"3 steps in a row.*step 5.*train\.lr"):
         train(tiny(tmp_path, max_nonfinite=3))
-    _, state, parts = newest_intact(tmp_path, PARTS)
+    _, state, parts = intact(tmp_path)
     assert state["step"] == 5 and state["trainer"]["nonfinite_in_a_row"] == 3
     assert all(t.isfinite().all() for part in parts.values() for t in part.values())
 
@@ -338,16 +338,16 @@ from dis_ssm import train as training
 from dis_ssm.config import load_config
 torch.set_num_threads(1)
 update = training.Trainer.update
-def slow(self, batch):
+def slow(self, batch, stop=None):
     time.sleep(0.4)
-    return update(self, batch)
+    return update(self, batch, stop)
 training.Trainer.update = slow
 training.train(load_config(sys.argv[1]))
 """
 
 
 def assert_same_run(a, b):
-    (_, state_a, parts_a), (_, state_b, parts_b) = newest_intact(a, PARTS), newest_intact(b, PARTS)
+    (_, state_a, parts_a), (_, state_b, parts_b) = intact(a), intact(b)
     assert state_a["step"] == state_b["step"]
     for part in PARTS:
         assert parts_a[part].keys() == parts_b[part].keys() != set()
@@ -392,10 +392,10 @@ def test_a_signal_ends_the_step_saves_and_can_be_continued(tmp_path, monkeypatch
     train(tiny(whole, log_every=3))
     update = Trainer.update
 
-    def interrupted(self, batch):
-        if self.step == 1:
+    def interrupted(self, batch, stop=None):
+        if self.step == 0:
             signal.raise_signal(number)
-        return update(self, batch)
+        return update(self, batch, stop)
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -471,7 +471,8 @@ def test_a_preview_is_what_the_averaged_weights_draw(tmp_path):
     for weights in ("ema", "model"):
         model, config = load_model(tmp_path, weights=weights)
         labels = torch.arange(20) % 10
-        images = draw_images(model, build_diffusion(config), (1, 8, 8), 20, labels, config.sample)
+        arguments = (model, build_diffusion(config), (1, 8, 8), range(20), labels, config.sample)
+        images = draw_images(*arguments)
         grids[weights] = np.array(make_grid(images, columns=10))
     assert (preview == grids["ema"]).all() and (preview != grids["model"]).any()
 
@@ -480,14 +481,14 @@ def test_a_preview_that_a_killed_process_owed_is_drawn_by_the_next(tmp_path, mon
     class Killed(BaseException):
         pass
 
-    def killed(self):
+    def killed(*_):
         raise Killed
 
     config = tiny(tmp_path / "a", steps=2, save_every=1)
     config = dataclasses.replace(config, sample=SampleConfig(every=1, num=4, steps=2))
     train(dataclasses.replace(config, out=tmp_path / "b"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "preview", killed)
+        patch.setattr(Painter, "preview", killed)
         train(config)
     assert complete_checkpoints(tmp_path / "a") and not (tmp_path / "a" / "samples").exists()
     train(config)
@@ -502,12 +503,7 @@ def test_a_preview_that_a_killed_process_owed_is_drawn_by_the_next(tmp_path, mon
 
 def test_the_compiled_model_is_the_one_that_trains(monkeypatch):
     compiled = []
-
-    def compile(model):
-        compiled.append(model)
-        return lambda *inputs: model(*inputs) * 1.0
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     plain, fast = trainer_of(tiny()), trainer_of(tiny(compile=True))
     batch = draw_batch(plain.config, digits(), 0)
     assert compiled == [fast.model] and fast.update(batch) == plain.update(batch)
@@ -535,7 +531,7 @@ def test_log_is_cut_after_the_resumed_step(tmp_path, tail):
 def test_unconditional_training_ignores_labels(tmp_path):
     config = tiny(tmp_path, steps=1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0))
-    config = training._open(config)[0]
+    config = open_run(config)[0]
     assert draw_batch(config, digits(), 0).y is None
     assert train(config).step == 1
 

@@ -2,8 +2,10 @@
 
 RUN/checkpoints/STEP/ holds ``model``, ``ema`` (float32) and ``optimizer`` as .safetensors, then
 ``state.json`` (step, config, versions, the trainer's own state, size and SHA-256 of every file),
-then ``COMPLETE`` with the SHA-256 of state.json. The folder is written under a temporary name,
-flushed to disk and renamed: a killed process or a full disk leaves the older ones as they were.
+then ``COMPLETE`` with the SHA-256 of state.json. A part whose tensors are sharded over processes is
+a folder of safetensors instead, one file a process (torch.distributed.checkpoint's), which any
+number of processes reads. The folder is written under a temporary name, flushed to disk and
+renamed: a killed process or a full disk leaves the older ones as they were.
 
 A file that is cut short, altered or missing is a `CheckpointError`. `newest_intact` (resuming) then
 goes on to the checkpoint before it, with one line of warning, whatever the damage; `load_model`
@@ -22,11 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.tensor import DTensor
 
 from dis_ssm.config import Config, build_model, from_dict, to_dict
+from dis_ssm.distributed import ALONE, World, fill
 from dis_ssm.model import DiS
 from dis_ssm.version import __version__
 
@@ -47,37 +56,53 @@ def save_checkpoint(
     config: Config,
     state: dict[str, Any],
     keep: int,
+    world: World = ALONE,
 ) -> Path:
     """Write RUN/checkpoints/STEP with one file per part, then remove all but the newest `keep`.
 
-    Later steps, which resuming refused as damaged, are removed too. Raises OSError or
+    Called by all ranks, with the same arguments but for their shards; the main one writes what is
+    whole. Later steps, which resuming refused as damaged, are removed too. Raises OSError or
     CheckpointError when it cannot be written; nothing older is touched then.
     """
     folder = run / "checkpoints" / f"{step:08d}"
     draft = folder.with_name(DRAFT + folder.name)
-    _remove(draft)
-    draft.mkdir(parents=True)
     try:
-        files = {}
+        with world.together():
+            if world.main:
+                _remove(draft)
+                draft.mkdir(parents=True)
         for name, tensors in parts.items():
-            path = draft / f"{name}.safetensors"
-            _write_tensors(path, tensors)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        write_json(
-            draft / STATE,
-            {"format": FORMAT, "step": step, "config": to_dict(config), "versions": versions()}
-            | {"trainer": state, "files": files},
-        )
-        _write(draft / COMPLETE, _sha256(draft / STATE) + "\n")
-        _sync(draft)
-        _rename(draft, folder)
+            if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+                _write_shards(draft / name, tensors)
+            else:
+                with world.together():
+                    if world.main:
+                        _write_tensors(draft / f"{name}.safetensors", tensors)
+        names, entries = world.gather(_files(draft) if world.main else None)[0], {}
+        with world.together():
+            for name in names[world.rank :: world.size]:
+                path = draft / name
+                entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files = {k: v for part in world.gather(entries) for k, v in part.items()}
+        with world.together():
+            if world.main:
+                write_json(
+                    draft / STATE,
+                    {"format": FORMAT, "step": step, "config": to_dict(config)}
+                    | {"versions": versions(), "trainer": state, "files": files},
+                )
+                _write(draft / COMPLETE, _sha256(draft / STATE) + "\n")
+                _sync(draft)
+                _rename(draft, folder)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    steps = _step_folders(run)
-    for abandoned in steps[steps.index(folder) + 1 :]:
-        shutil.rmtree(abandoned)
-    for old in complete_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if world.main:
+            shutil.rmtree(draft, ignore_errors=True)
+    if world.main:
+        steps = _step_folders(run)
+        for abandoned in steps[steps.index(folder) + 1 :]:
+            shutil.rmtree(abandoned)
+        for old in complete_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
     return folder
 
 
@@ -112,39 +137,81 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Tensors of one file of a checkpoint, on the CPU, after its size and SHA-256 were checked."""
+    """Whole tensors of one part of a checkpoint, on the CPU, after its files were verified."""
+    for file in part_files(folder, state, name):
+        verify_file(folder, state, file)
+    if not (folder / name).is_dir():
+        return load_file(folder / f"{name}.safetensors")
+    tensors = {n: torch.empty(size, dtype=dtype) for n, (size, dtype) in _sharded(folder / name)}
+    _read_shards(folder / name, tensors)
+    return tensors
+
+
+def load_part(folder: Path, state: dict[str, Any], name: str, own: dict[str, Tensor]) -> None:
+    """Fill the tensors `own`, whole or sharded, from a part whose files were verified.
+
+    CheckpointError unless names and shapes are exactly theirs.
+    """
+    if (folder / name).is_dir():
+        found = {n: torch.empty(size, device="meta") for n, (size, _) in _sharded(folder / name)}
+        check_tensors(own, found, folder / name)
+        _read_shards(folder / name, own)
+        return
     path = folder / f"{name}.safetensors"
-    if path.name not in state["files"] or not path.is_file():
+    tensors = load_file(path)
+    check_tensors(own, tensors, path)
+    for key, tensor in own.items():
+        fill(tensor, tensors[key])
+
+
+def part_files(folder: Path, state: dict[str, Any], name: str) -> list[str]:
+    """The files of a part, relative to the checkpoint; CheckpointError when it has none."""
+    files = [f for f in state["files"] if f == f"{name}.safetensors" or f.startswith(f"{name}/")]
+    if not files:
+        raise CheckpointError(f"{folder / name}.safetensors is missing")
+    return files
+
+
+def verify_file(folder: Path, state: dict[str, Any], file: str) -> None:
+    """CheckpointError unless size and SHA-256 are those in state.json."""
+    path, wanted = folder / file, state["files"][file]
+    if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    wanted, size = state["files"][path.name], path.stat().st_size
-    if size != wanted["size"]:
+    if (size := path.stat().st_size) != wanted["size"]:
         raise CheckpointError(f"{path} is damaged: {size} bytes instead of {wanted['size']}")
     if _sha256(path) != wanted["sha256"]:
         raise CheckpointError(f"{path} was altered: its SHA-256 is wrong")
-    return load_file(path)
 
 
 def newest_intact(
-    run: Path, names: Iterable[str]
-) -> tuple[Path, dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """Folder, state and parts `names` of the newest checkpoint that verifies; None without any.
+    run: Path, names: Iterable[str], world: World = ALONE
+) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and state of the newest checkpoint whose parts `names` verify; None without any.
 
     Damaged ones are passed over with a warning each. CheckpointError when all are damaged,
-    ValueError when one was never meant to be continued.
+    ValueError when one was never meant to be continued. The ranks share the reading.
     """
     problem = None
-    for folder in reversed(_step_folders(run)):
+    for folder in world.gather(list(reversed(_step_folders(run))))[0]:
+        found = None
         try:
             state = read_state(folder)
-            if lacking := [n for n in names if f"{n}.safetensors" not in state["files"]]:
+            stems = {file.partition("/")[0].removesuffix(".safetensors") for file in state["files"]}
+            if lacking := [name for name in names if name not in stems]:
                 raise ValueError(
                     f"{folder} has no training state ({', '.join(lacking)}), as a converted "
                     f"checkpoint: draw from it, or give another --out to train"
                 )
-            return folder, state, {name: read_part(folder, state, name) for name in names}
+            files = [file for name in names for file in part_files(folder, state, name)]
+            for file in files[world.rank :: world.size]:
+                verify_file(folder, state, file)
         except CheckpointError as error:
-            problem = error
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            found = str(error)
+        if not any(problems := world.gather(found)):
+            return folder, state
+        problem = next(filter(None, problems))
+        if world.main:
+            warnings.warn(f"{problem}; trying the checkpoint before it", stacklevel=2)
     if problem:
         raise CheckpointError(
             f"no checkpoint of {run} is intact, the last tried: {problem}. Restore one, or remove "
@@ -169,6 +236,20 @@ def load_model(
     model = build_model(config)
     load_weights(model, read_part(folder, state, weights), folder / f"{weights}.safetensors")
     return model.to(device or "cpu").eval(), config
+
+
+def start_from(model: DiS, path: str | Path) -> None:
+    """Give `model` the averaged weights of a RUN or checkpoint, for fine-tuning.
+
+    The position embedding is interpolated when the input size differs (`resize_positions`);
+    everything else must fit. Raises ValueError and CheckpointError as `load_model`.
+    """
+    _, folder = locate(path)
+    state = read_state(folder)
+    tensors = read_part(folder, state, "ema")
+    old = from_dict(state["config"]).model.input_size
+    tensors["pos_embed"] = model.resize_positions(tensors["pos_embed"], old)
+    load_weights(model, tensors, folder / "ema.safetensors")
 
 
 def locate(path: str | Path) -> tuple[Path, Path]:
@@ -206,33 +287,12 @@ def check_tensors(own: dict[str, Tensor], tensors: dict[str, Tensor], origin: st
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as "parameter name/slot" -> tensor."""
+    """The optimizer's state as "parameter name/slot" -> tensor, not copied."""
     return {
         f"{name}/{slot}": value
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], origin: Path
-) -> None:
-    """Inverse of `optimizer_tensors`; CheckpointError for an unknown name or a wrong shape."""
-    parameters = dict(model.named_parameters())
-    slots: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, slot = key.rpartition("/")
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise CheckpointError(f"{origin} has {key}, but the model has no parameter {name}")
-        if slot != "step" and tensor.shape != parameter.shape:
-            shapes = f"{tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}"
-            raise CheckpointError(f"{origin} has {key} of shape {shapes}")
-        slots.setdefault(parameter, {})[slot] = tensor
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    packed = optimizer.state_dict()
-    packed["state"] = {i: slots[p] for i, p in enumerate(order) if p in slots}
-    optimizer.load_state_dict(packed)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -276,6 +336,29 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     _sync(path)
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
+    except dcp.api.CheckpointException as error:
+        raise CheckpointError(f"cannot write {folder}: {error}") from error
+
+
+def _sharded(folder: Path) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
+    found = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    return ((name, (item.size, item.properties.dtype)) for name, item in found.items())
+
+
+@torch.no_grad()
+def _read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Each process reads what it needs, so that nobody waits for another."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+
+
+def _files(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""dis-ssm train | sample | evaluate | info | convert"""
+"""dis-ssm train | sample | evaluate | encode | info | convert"""
 
 import dataclasses
 import os
@@ -22,6 +22,7 @@ from dis_ssm.config import (
     pick_device,
     sample_settings,
 )
+from dis_ssm.hf import DEFAULT_VAE
 from dis_ssm.ops.native import BackendError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             "train": train_command(Config()),
             "sample": sample,
             "evaluate": evaluate,
+            "encode": encode,
             "info": info,
             "convert": convert,
         }
@@ -71,13 +73,15 @@ def train_command(base: Config) -> Callable[..., int]:
         Args:
             dry_run: print the resolved config and its sizes, write nothing.
         """
-        from dis_ssm.train import describe
+        from dis_ssm.flops import describe
         from dis_ssm.train import train as run_training
 
         if dry_run:
             print(describe(config))
             return 0
         outcome = run_training(config)
+        if os.environ.get("RANK", "0") != "0":
+            return 0
         again = f"at step {outcome.step}; run the same command again to continue"
         if outcome.stopped_by is None:
             print(f"trained: {outcome.run}; draw with: dis-ssm sample {outcome.run}")
@@ -104,12 +108,13 @@ def sample(
     seed: int | None = None,
     batch_size: int | None = None,
     weights: Literal["ema", "model"] = "ema",
+    vae: str | None = None,
     device: str | None = None,
     out: Path | None = None,
 ) -> int:
     """Draw images from a trained model, one class a column; image i depends on (seed, i, class).
 
-    Latents, of models with neither 1 nor 3 channels, are written as .npz: float32 (n, C, H, W).
+    Latents are decoded by a VAE. Without one they are written as .npz: float32 (n, C, H, W).
 
     Args:
         run: a run folder, or one of its checkpoints.
@@ -120,6 +125,8 @@ def sample(
         cfg_channels: guide the first so many channels only.
         cfg_interval: guide between these timesteps only.
         weights: averaged (ema) or as trained.
+        vae: folder or hub id of the VAE that decodes; none for the latents themselves; unset, that
+            of the run's config, or the one its latent cache names if that is a folder.
         out: a .png grid or .npz arrays; by default a grid in the run's samples folder, named
             after the step and these options.
     """
@@ -132,17 +139,22 @@ def sample(
         save_images,
         to_uint8,
     )
+    from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
 
     if out:
         check_format(out)
     folder, checkpoint = locate(run)
     model, config = load_model(checkpoint, weights=weights, device=pick_device(device))
-    visible = config.model.in_channels in VISIBLE_CHANNELS
-    if out and out.suffix == ".png" and not visible:
-        channels = config.model.in_channels
+    source, channels = config.data.source, config.model.in_channels
+    visible = channels in VISIBLE_CHANNELS and not is_cache(source)
+    vae = vae or config.data.vae or cached_vae(source)
+    decoder = None
+    if vae and vae != "none":
+        decoder = load_decoder(vae, source, channels, pick_device(device))
+    elif out and out.suffix == ".png" and not visible:
         raise ValueError(
-            f"{run} draws latents of {channels} channels, and showing them needs a VAE: give --out "
-            f"a name that ends in .npz"
+            f"{run} draws latents of {channels} channels, and showing them needs a VAE: give --vae "
+            f"a folder or hub id, or --out a name that ends in .npz"
         )
     settings = sample_settings(
         config,
@@ -163,15 +175,19 @@ def sample(
     if out is None:
         drawn = dataclasses.replace(settings, num=num)
         name = samples_name(read_state(checkpoint)["step"], drawn, weights, classes)
-        out = folder / "samples" / (name + (".png" if visible else ".npz"))
+        out = folder / "samples" / (name + (".png" if visible or decoder else ".npz"))
         if len(out.name) > LONGEST_NAME:
             raise ValueError(f"{len(classes)} classes are too many for a file name: give --out")
     check_writable(out)
     shape = (config.model.in_channels, *config.model.input_size)
     samples = draw_samples(
-        model, build_diffusion(config), shape, num, labels, settings, progress=True
+        model, build_diffusion(config), shape, range(num), labels, settings, progress=True
     )
-    save_images(to_uint8(samples) if visible else samples, labels, out, columns)
+    if decoder:
+        samples = decode(decoder, samples)
+    elif visible:
+        samples = to_uint8(samples)
+    save_images(samples, labels, out, columns)
     print(out)
     return 0
 
@@ -232,6 +248,72 @@ def evaluate(
     path = scores_path(folder, scores)
     write_json(path, scores)
     print(path)
+    return 0
+
+
+def encode(
+    source: Positional[str | None] = None,
+    cache: Positional[Path | None] = None,
+    *,
+    vae: str = DEFAULT_VAE,
+    image_size: int | None = None,
+    split: Literal["train", "heldout"] = "train",
+    batch_size: int = 64,
+    shard_size: int = 10_000,
+    precision: Literal["float32", "bf16"] = "float32",
+    max_corrupt: int = 10,
+    workers: int | None = None,
+    device: str | None = None,
+    check: Path | None = None,
+) -> int:
+    """Encode images with a VAE, once, into a cache that training reads; under torchrun, by all.
+
+    The same command again goes on where it was stopped and mends shards that are damaged.
+
+    Args:
+        source: images: see docs/data.md.
+        cache: the folder to write; then train with --data.source CACHE.
+        vae: folder or hub id of a diffusers AutoencoderKL.
+        image_size: side in pixels of the crop; folders of images need it.
+        batch_size: images encoded at a time.
+        shard_size: images in a file; a process that waits for others waits for one file.
+        precision: bf16 is autocast; either is stored in float16.
+        max_corrupt: unreadable images that may be left out.
+        workers: threads that decode images.
+        check: instead, read this cache and name the shards that are damaged.
+    """
+    from dis_ssm.distributed import join_world
+    from dis_ssm.encoding import encode as run_encoding
+    from dis_ssm.latents import AGAIN, check_cache
+
+    if (source is None or cache is None) if check is None else (source or cache):
+        raise ValueError("give SOURCE and CACHE to encode, or --check CACHE alone")
+    if check is not None:
+        wrong = check_cache(check)
+        for problem in wrong.values():
+            print(f"dis-ssm: error: {problem}", file=sys.stderr)
+        if wrong:
+            return _fail(f"{len(wrong)} of the files of {check} are not sound: {AGAIN}")
+        print(f"{check}: all shards are intact")
+        return 0
+    with join_world(device) as world:
+        manifest = run_encoding(
+            source,
+            cache,
+            vae=vae,
+            image_size=image_size,
+            split=split,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            precision=precision,
+            max_corrupt=max_corrupt,
+            workers=workers,
+            world=world,
+        )
+        if world.main:
+            left_out = sum(len(record["corrupt"]) for record in manifest["shards"])
+            note = f" ({left_out} corrupt ones left out)" if left_out else ""
+            print(f"encoded: {cache}, {manifest['images']:,} images{note}")
     return 0
 
 

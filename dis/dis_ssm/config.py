@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from dis_ssm.diffusion import Diffusion
-from dis_ssm.model import DiS, create_model
+from dis_ssm.model import DiS, DiS_models, create_model
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
@@ -96,9 +96,16 @@ class DiffusionConfig:
 class DataConfig:
     """See `dis_ssm.data.open_dataset`."""
 
-    source: str = "digits"  # digits, fashion-mnist, or a folder of images
+    source: str = "digits"  # digits, fashion-mnist, a data set on disk, or a latent cache
     image_size: int | None = None  # side in pixels; folders of images need it
     flip: bool = False  # mirror half of the images left to right
+    max_corrupt: int = 10  # images that may be unreadable before that is an error
+    workers: int | None = None  # threads that decode images; None: as many as cores, at most 8
+    vae: str | None = None  # decodes latents for previews and scores; None: that of the cache
+
+    def __post_init__(self):
+        _positive(self, "image_size", "workers")
+        _check(self, self.max_corrupt >= 0, "max_corrupt", "must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,16 @@ class TrainConfig:
     warmup_steps: int = 0  # linear rise that multiplies the schedule
     min_lr: float = 1e-6  # where the cosine ends
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0  # on matrices only, see train.parameter_groups
+    weight_decay: float = 0.0  # on matrices only, see optimizer.parameter_groups
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema_decay: float = 0.9999
     ema_warmup: int = 10  # decay of update n is min(ema_decay, (1 + n) / (ema_warmup + n)); 1: off
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast, weights stay float32
     grad_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
     compile: bool = False  # torch.compile
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # over processes: copies, or shards (FSDP2)
+    init: str | None = None  # a run or checkpoint whose averaged weights to start from
+    wandb: str | None = None  # a Weights & Biases project to log to as well
     seed: int = 0
     max_nonfinite: int = 10  # stop after so many skipped steps in a row
     log_every: int = 10
@@ -166,6 +176,21 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Fréchet distance of samples of the EMA model, drawn as [sample] says, while it trains."""
+
+    every: int = 0  # training steps between scores; 0: none
+    num: int = 10_000  # images drawn for a score
+    extractor: Literal["pixels", "lite0", "inception", "dinov2"] = "inception"
+    weights: str | None = None  # file of the extractor's weights
+    reference: str | None = None  # statistics or images to compare with; None: the training data
+
+    def __post_init__(self):
+        _check(self, self.every >= 0, "every", "must be 0 or more")
+        _check(self, self.num >= 2, "num", "must be 2 or more")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. `out` is the folder RUN that holds everything it writes."""
 
@@ -175,13 +200,16 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
 # What may differ when a run is continued: it changes what is written, not what is learned.
 FREE_ON_RESUME = frozenset(
     {"out", "train.max_nonfinite", "train.log_every", "train.save_every", "train.keep"}
-    | {"train.device"}
+    | {"train.device", "train.parallel", "train.micro_batch_size", "train.compile", "train.wandb"}
+    | {"train.grad_checkpointing", "data.max_corrupt", "data.workers", "data.vae"}
     | {f"sample.{f.name}" for f in dataclasses.fields(SampleConfig)}
+    | {f"score.{f.name}" for f in dataclasses.fields(ScoreConfig)}
 )
 
 
@@ -320,6 +348,12 @@ def build_model(config: Config) -> DiS:
         lacking = ", ".join(key for key in SIZES if key not in given)
         raise ValueError(f"the model lacks {lacking}: give all of {', '.join(SIZES)}, or a name")
     return DiS(**sizes, **values)
+
+
+def depth_of(config: Config) -> int:
+    """The number of blocks."""
+    model = config.model
+    return model.depth or DiS_models[model.name].keywords["depth"]
 
 
 def build_diffusion(config: Config) -> Diffusion:

@@ -1,25 +1,30 @@
-"""Image sources and the order in which training reads them.
+"""What training sees: images of one size with labels, and the order in which they are read.
 
-An `ImageDataset` gives uint8 images (C, H, W) and integer labels; `open_dataset` opens one by name
-or folder. Splits are fixed: nothing here depends on a clock, a global generator or a file date.
+An `ImageDataset` gives uint8 images (C, H, W) and integer labels; `open_dataset` opens one by name,
+folder or file. Splits are fixed: nothing here depends on a clock, a global generator or a file
+date. `sources` knows the formats.
 
-=================  ==========================  ================================================
-source             image                       "train" / "heldout"
-=================  ==========================  ================================================
-``digits``         1 x 8 x 8, 17 grey levels   1,195 / 602: within each class, in file order,
-                   (scikit-learn, UCI)         images 0, 3, 6, ... are held out (same writers)
-``fashion-mnist``  1 x 28 x 28                 6,000 / 1,000: the first 600 and 100 of each class
-                   (embedded subset)           in the official train and test files
-folder of idx      as in the files             ``train-*`` / ``t10k-*``
-folder of images   3 x image_size x image_size  its sub-folders ``train`` and ``heldout`` if it has
-                                               both; otherwise every image is "train"
-=================  ==========================  ================================================
+=====================  ========================  ===================================================
+source                 image                     "train" / "heldout"
+=====================  ========================  ===================================================
+``digits``             1 x 8 x 8, 17 grey levels  1,195 / 602: within each class, in file order,
+                       (scikit-learn, UCI)       images 0, 3, 6, ... are held out (same writers)
+``fashion-mnist``      1 x 28 x 28               6,000 / 1,000: the first 600 and 100 of each class
+                       (embedded subset)         in the official train and test files
+folder of idx          as in the files           ``train-*`` / ``t10k-*``
+CIFAR-10, as released  3 x 32 x 32               its 50,000 training / 10,000 test images
+CelebA folder          3 x size x size           partition 0, 162,770 images / partition 1, 19,867
+Hugging Face data set  3 x size x size           train / validation, or test where that is missing
+folder or zip          3 x size x size           its sub-folders ``train`` and ``heldout`` if it has
+of images                                        both; otherwise every image is "train"
+=====================  ========================  ===================================================
 """
 
-import difflib
-import gzip
+import io
+import json
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,43 +33,55 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-SOURCES = ("digits", "fashion-mnist")
-SPLITS = ("train", "heldout")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-IDX_PREFIX = {"train": "train", "heldout": "t10k"}
-NO_LABEL = -1
+from dis_ssm import sources
+from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
+    IDX_PREFIX,
+    IMAGE_SUFFIXES,
+    NO_LABEL,
+    SOURCES,
+    SPLITS,
+    Files,
+)
+
 DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # as Pillow reports it
+MAX_WORKERS = 8  # by default; decoding scales with cores until memory is the limit
+LATENT_MANIFEST = "manifest.json"
 
 
 def open_dataset(
-    source: str | Path, split: str = "train", image_size: int | None = None
+    source: str | Path,
+    split: str = "train",
+    image_size: int | None = None,
+    max_corrupt: int = 10,
+    workers: int | None = None,
 ) -> "ImageDataset":
-    """Open `source`: a name of `SOURCES` or a folder (see the table above).
+    """Open `source`: a name of `SOURCES`, a folder or a file (see the table above, docs/data.md).
 
-    A folder of images holds one sub-folder per class (sorted names are labels 0 .. K-1), or images
-    and no sub-folders (unlabelled). It needs `image_size`; the other sources have a size of their
-    own, and `image_size`, when given, must equal it. ``fashion-mnist`` is looked for in the folder
-    that the environment variable DIS_SSM_DATA names, then in the repository's experiments/data.
+    A folder or zip file of images holds one sub-folder per class (sorted names are labels
+    0 .. K-1), or images and no sub-folders (unlabelled), or StyleGAN's dataset.json with the
+    labels. Image files need `image_size`, in pixels; the other sources have a size of their own,
+    and `image_size`, when given, must equal it. ``fashion-mnist`` is looked for in the folder that
+    the environment variable DIS_SSM_DATA names, then in the repository's experiments/data. A folder
+    with a manifest.json is a cache of latents, of the split that it was made from.
+
+    `max_corrupt` and `workers` are those of `FileDataset`.
 
     Raises ValueError for an unknown source, split or size, an empty or ambiguous folder and a
-    damaged file; ImportError when ``digits`` lacks scikit-learn.
+    damaged file; ImportError when a library is missing (it says how to install it).
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if str(source) == "digits":
-        dataset = _digits(split)
-    elif str(source) == "fashion-mnist":
-        dataset = _idx_folder(_embedded("fashion-mnist"), split)
-    else:
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
-            raise ValueError(_unknown_source(str(source)))
-        if not _idx_path(folder, "train", "images"):
-            return FolderDataset(folder, split, image_size)
-        dataset = _idx_folder(folder, split)
+    if (manifest := Path(source).expanduser() / LATENT_MANIFEST).is_file():
+        return _open_latents(manifest, split, image_size)
+    kind, path = sources.recognise(source)
+    if kind not in sources.IN_MEMORY:
+        _check_size(path, image_size)
+        return FileDataset(sources.OPENERS[kind](path, split), image_size, max_corrupt, workers)
+    pixels = sources.OPENERS[kind](path, split)
+    dataset = TensorDataset(pixels.name, pixels.images, pixels.labels, pixels.class_names)
     if image_size is not None and (dataset.height, dataset.width) != (image_size, image_size):
         raise ValueError(
             f"{source} images are {dataset.height}x{dataset.width} and are not resized: "
@@ -73,11 +90,37 @@ def open_dataset(
     return dataset
 
 
+def _open_latents(manifest: Path, split: str, image_size: int | None) -> "ImageDataset":
+    from dis_ssm.latents import open_cache
+
+    try:
+        made = json.loads(manifest.read_text(encoding="utf-8"))
+        made = {"split": made.get("split", split), "image_size": made.get("image_size", image_size)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{manifest} is no manifest of a latent cache: {error}") from error
+    for name, wanted in (("split", split), ("image_size", image_size)):
+        if wanted not in (None, made[name]):
+            raise ValueError(
+                f"{manifest.parent} was encoded with {name} {made[name]!r}, not {wanted!r}: encode "
+                f"another cache"
+            )
+    return open_cache(manifest.parent)
+
+
+def _check_size(path: Path, image_size: int | None) -> None:
+    if image_size is None:
+        what = "a folder" if path.is_dir() else "a file"
+        raise ValueError(f"{path} is {what} of images: say image_size, in pixels")
+    if image_size < 1:
+        raise ValueError(f"image_size {image_size} must be at least 1")
+
+
 class ImageDataset(Dataset):
     """Images of one size with labels: `ds[i]` is (uint8 array (C, H, W), int label).
 
     `labels` is an int64 tensor (n,), all `NO_LABEL` when `num_classes` is 0; `class_names[k]` names
-    class k. Subclasses give `_images`.
+    class k. `corrupt` maps the index of each image found unreadable to its name and the reason;
+    only `FileDataset` fills it. Subclasses give `_images`.
     """
 
     def __init__(self, name: str, shape: Sequence[int], labels, class_names: Sequence[str] = ()):
@@ -85,8 +128,9 @@ class ImageDataset(Dataset):
         self.channels, self.height, self.width = shape
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.class_names = tuple(class_names)
+        self.corrupt: dict[int, str] = {}
         allowed = range(self.num_classes) if self.num_classes else (NO_LABEL,)
-        wrong = sorted(set(self.labels.tolist()) - set(allowed))
+        wrong = sorted(set(self.labels.unique().tolist()) - set(allowed))
         if wrong:
             raise ValueError(f"{name}: label {wrong[0]} but there are {self.num_classes} classes")
 
@@ -106,6 +150,10 @@ class ImageDataset(Dataset):
         indices = torch.as_tensor(indices, dtype=torch.int64)
         return self._images(indices), self.labels[indices]
 
+    def read(self, indices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Like `batch` without the corrupt images, and the indices that were kept, int64 (m,)."""
+        return *self.batch(indices), torch.as_tensor(indices, dtype=torch.int64)
+
     def _images(self, indices: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
@@ -124,61 +172,139 @@ class TensorDataset(ImageDataset):
         return self.images[indices]
 
 
-class FolderDataset(ImageDataset):
-    """Image files, decoded when asked for, as RGB after ADM's centre crop (`center_crop`).
+class FileDataset(ImageDataset):
+    """Encoded images, decoded when asked for, as RGB after the source's crop (see `CROPS`).
 
-    `paths` are in the order of (class, path). A file that cannot be decoded raises ValueError
-    with its name. EXIF rotation is not applied and transparency is dropped, as in ADM.
+    EXIF rotation is not applied and transparency is dropped, as in ADM. Up to `workers` threads
+    decode (default: the number of processors, at most 8); they change no result.
+
+    A corrupt image is one that is there but cannot be decoded to 8-bit RGB. It is named in a
+    warning and recorded in `corrupt`; `batch` gives the image and the label of the next readable
+    index instead, `read` leaves it out. The image after the first `max_corrupt` raises ValueError
+    with all names; so does any file that is gone or may not be read.
     """
 
-    def __init__(self, folder: Path, split: str, image_size: int | None):
-        if image_size is None:
-            raise ValueError(f"{folder} is a folder of images: say image_size, in pixels")
-        if image_size < 1:
-            raise ValueError(f"image_size {image_size} must be at least 1")
-        present = [name for name in SPLITS if (folder / name).is_dir()]
-        if len(present) == 1:
-            raise ValueError(
-                f"{folder} has a sub-folder {present[0]!r} but not both of {SPLITS}: give "
-                f"{folder / present[0]} itself, or add the other"
-            )
-        if present:
-            classes = [p.name for p in _class_folders(folder / "train")]
-            folder = folder / split
-        elif split == "heldout":
-            raise ValueError(
-                f"{folder} has no held-out images: put them in {folder / 'heldout'} and the "
-                f"others in {folder / 'train'}"
-            )
-        else:
-            classes = [p.name for p in _class_folders(folder)]
-        self.paths, labels = _list_images(folder, classes)
-        self.image_size = image_size
+    def __init__(
+        self, files: Files, image_size: int, max_corrupt: int = 10, workers: int | None = None
+    ):
+        if max_corrupt < 0:
+            raise ValueError(f"max_corrupt {max_corrupt} must be at least 0")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers {workers} must be at least 1")
+        self.files, self.image_size, self.max_corrupt = files, image_size, max_corrupt
+        self.crop = files.crop
+        self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        self._pool, self._process = None, None
         channels = len(Image.new("RGB", (1, 1)).getbands())
-        super().__init__(str(folder), (channels, image_size, image_size), labels, classes)
+        shape = (channels, image_size, image_size)
+        super().__init__(files.name, shape, files.labels, files.class_names)
 
-    def _images(self, indices: torch.Tensor) -> torch.Tensor:
-        paths = [self.paths[i] for i in indices.tolist()]
-        if len(paths) == 1:
-            arrays = [self._read(paths[0])]
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None}
+
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels at `indices`: uint8 (n, C, H, W), int64 (n,); see the class."""
+        images, kept, failed = self._decode(indices)
+        for k in failed:
+            kept[k] = self._next_readable(kept[k], images[k])
+        return torch.from_numpy(images), self.labels[kept]
+
+    def read(self, indices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Like `batch` without the corrupt images, and the indices that were kept, int64 (m,)."""
+        images, indices, failed = self._decode(indices)
+        keep = np.setdiff1d(np.arange(len(indices)), failed)
+        kept = torch.tensor(indices, dtype=torch.int64)[keep]
+        return torch.from_numpy(images[keep]), self.labels[kept], kept
+
+    def _decode(self, indices) -> tuple[np.ndarray, list[int], list[int]]:
+        """The images, the indices as 0 .. len - 1, and the positions that could not be read."""
+        indices = [range(len(self))[i] for i in torch.as_tensor(indices, dtype=torch.int64)]
+        images = np.empty((len(indices), self.channels, self.height, self.width), np.uint8)
+        if len(indices) < 2 or self.workers == 1:
+            reasons = list(map(self._fill, indices, images))
         else:
-            with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1) or 1) as pool:
-                arrays = list(pool.map(self._read, paths))
-        empty = np.empty((0, self.image_size, self.image_size, self.channels), np.uint8)
-        stacked = torch.from_numpy(np.stack(arrays) if arrays else empty)
-        return stacked.permute(0, 3, 1, 2).contiguous()
+            reasons = list(self._threads().map(self._fill, indices, images))
+        failed = [k for k, reason in enumerate(reasons) if reason]
+        for k in failed:
+            self._note(indices[k], reasons[k])
+        return images, indices, failed
 
-    def _read(self, path: Path) -> np.ndarray:
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
+            self._pool, self._process = ThreadPoolExecutor(self.workers), os.getpid()
+        return self._pool
+
+    def _fill(self, index: int, out: np.ndarray) -> str | None:
+        """Decodes one image into `out` (C, H, W); returns why it cannot, if it cannot."""
+        if index in self.corrupt:
+            return self.corrupt[index]
         try:
-            with Image.open(path) as image:
+            raw = self.files.read(index)
+        except OSError as error:
+            title = self.files.title(index)
+            raise ValueError(f"cannot read image {title}: {error}; {REMEDY}") from error
+        except DAMAGED as error:
+            return f"{self.files.title(index)}: {error}"
+        try:
+            with Image.open(io.BytesIO(raw)) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError(f"mode {image.mode} is more than 8 bits a channel")
-                return np.array(center_crop(image.convert("RGB"), self.image_size))
+                cropped = CROPS[self.crop](image.convert("RGB"), self.image_size)
+        except UnidentifiedImageError:
+            return f"{self.files.title(index)}: no image in a known format"
         except (*DAMAGED, Image.DecompressionBombError) as error:
+            return f"{self.files.title(index)}: {error}"
+        out[:] = np.asarray(cropped).transpose(2, 0, 1)
+        return None
+
+    def _note(self, index: int, reason: str) -> None:
+        known = index in self.corrupt
+        self.corrupt[index] = reason
+        if len(self.corrupt) > self.max_corrupt:
+            if self.max_corrupt == 0:
+                raise ValueError(f"cannot read image {reason}; {REMEDY}")
             raise ValueError(
-                f"cannot read image {path}: {error}; replace the file, or remove it and start "
-                f"another run, because a run keeps to its images"
-            ) from error
+                f"{len(self.corrupt)} images of {self.name} cannot be read, more than max_corrupt "
+                f"{self.max_corrupt}; {REMEDY}, or raise max_corrupt:\n"
+                + "\n".join(self.corrupt.values())
+            )
+        if not known:
+            warnings.warn(
+                f"cannot read image {reason}; skipped, {len(self.corrupt)} of at most "
+                f"{self.max_corrupt}",
+                stacklevel=4,
+            )
+
+    def _next_readable(self, index: int, out: np.ndarray) -> int:
+        for step in range(1, len(self)):
+            other = (index + step) % len(self)
+            if not (reason := self._fill(other, out)):
+                return other
+            self._note(other, reason)
+        raise ValueError(f"no image of {self.name} can be read: {self.corrupt[index]}")
+
+
+REMEDY = "replace the file, or remove it and start another run, because a run keeps to its images"
+
+
+class FolderDataset(FileDataset):
+    """`FileDataset` of a folder of image files; `paths` are in the order of (class, path)."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        image_size: int | None,
+        max_corrupt: int = 10,
+        workers: int | None = None,
+    ):
+        _check_size(Path(folder), image_size)
+        files = sources.OPENERS["folder"](Path(folder), split)
+        super().__init__(files, image_size, max_corrupt, workers)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.files.root / name for name in self.files.names]
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -194,6 +320,24 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def celeba_crop(image: Image.Image, size: int) -> Image.Image:
+    """The face: 128 x 128 pixels about (x, y) = (89, 121), scaled to `size`.
+
+    Bilinear, antialiased: the crop of DDIM (Song et al. 2021) and U-ViT (Bao et al. 2023).
+    ValueError unless the image is an aligned one, 178 x 218.
+    """
+    if image.size != CELEBA_SIZE:
+        raise ValueError(
+            f"{image.width} x {image.height} is not the size of CelebA's aligned images"
+        )
+    return image.crop(CELEBA_BOX).resize((size, size), Image.Resampling.BILINEAR)
+
+
+CELEBA_SIZE = (178, 218)
+CELEBA_BOX = (89 - 64, 121 - 64, 89 + 64, 121 + 64)  # left, top, right, bottom
+CROPS = {"center": center_crop, "celeba": celeba_crop}
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -223,112 +367,3 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
     order = torch.cat([_epoch_order(n, seed, epoch) for epoch in epochs])
     return order[start - epochs[0] * n :][:batch_size].clone()
-
-
-def _digits(split: str) -> TensorDataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "source 'digits' needs scikit-learn: pip install 'dis-ssm[demo]'"
-        ) from error
-    bunch = load_digits()
-    labels = bunch.target.astype(np.int64)
-    top = bunch.images.max()  # 16: each value counts the ink in a 4x4 block of the scan
-    images = np.rint(bunch.images * (255 / top)).astype(np.uint8)[:, None]
-    rank_in_class = np.empty_like(labels)
-    for label in np.unique(labels):
-        members = labels == label
-        rank_in_class[members] = np.arange(members.sum())
-    keep = (rank_in_class % 3 == 0) == (split == "heldout")
-    names = [str(name) for name in bunch.target_names]
-    return TensorDataset("digits", images[keep], labels[keep], names)
-
-
-def _embedded(name: str) -> Path:
-    given = os.environ.get("DIS_SSM_DATA")
-    repository = Path(__file__).resolve().parents[2] / "experiments" / "data"
-    for root in [*([Path(given)] if given else []), repository]:
-        if (root / name).is_dir():
-            return root / name
-    where = f"is not in {given} (DIS_SSM_DATA)" if given else "does not come with the package"
-    raise ValueError(
-        f"source {name!r} {where}: clone the repository and set DIS_SSM_DATA to its "
-        f"experiments/data, or give a folder of idx files"
-    )
-
-
-def _idx_path(folder: Path, split: str, kind: str) -> Path | None:
-    stem = f"{IDX_PREFIX[split]}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
-    return next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
-
-
-def _idx_folder(folder: Path, split: str) -> TensorDataset:
-    """MNIST's idx files; class names from classes.txt, one a line, or the label's digits."""
-    arrays = {}
-    for kind in ("images", "labels"):
-        path = _idx_path(folder, split, kind)
-        if path is None:
-            raise ValueError(f"{folder} lacks {IDX_PREFIX[split]}-{kind}-idx?-ubyte[.gz]")
-        arrays[kind] = _read_idx(path, ndim=3 if kind == "images" else 1)
-    names = folder / "classes.txt"
-    if names.is_file():
-        class_names = names.read_text(encoding="utf-8").splitlines()
-    else:
-        class_names = [str(k) for k in range(int(arrays["labels"].max()) + 1)]
-    labels = arrays["labels"].astype(np.int64)
-    return TensorDataset(folder.name, arrays["images"][:, None], labels, class_names)
-
-
-def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """idx: two zero bytes, the type (8 = uint8), ndim, ndim big-endian int32 sizes, the data."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        *magic, dims = struct.unpack_from(">HBB", raw)
-        shape = struct.unpack_from(f">{ndim}i", raw, 4)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
-    if magic != [0, 8] or dims != ndim or body.size != np.prod(shape) or not body.size:
-        raise ValueError(f"{path} is not an idx file of uint8 with {ndim} dimension(s)")
-    return body.reshape(shape).copy()
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _image_files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _list_images(folder: Path, classes: list[str]) -> tuple[list[Path], list[int]]:
-    """Paths and labels; `classes` are the sub-folders that count, in the order of their labels."""
-    loose = _image_files(folder, "*")
-    found = [p.name for p in _class_folders(folder)]
-    if stray := sorted(set(found) - set(classes)):
-        raise ValueError(f"{folder / stray[0]} is not a class of the train split: {classes}")
-    if classes and loose:
-        raise ValueError(f"{loose[0]} lies beside class folders: move it into one of {classes}")
-    if not classes and not loose:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder} is empty: no class folders and no images ({suffixes})")
-    paths, labels = loose, [NO_LABEL] * len(loose)
-    for label, name in enumerate(classes):
-        members = _image_files(folder / name, "**/*")
-        if not members and name in found:
-            raise ValueError(f"class folder {folder / name} is empty: fill it or remove it")
-        paths += members
-        labels += [label] * len(members)
-    if not paths:
-        raise ValueError(f"{folder} holds no images")
-    return paths, labels
-
-
-def _unknown_source(source: str) -> str:
-    near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return (
-        f"unknown data source {source!r}{hint}: give one of {', '.join(SOURCES)} or an existing "
-        f"folder of images"
-    )

@@ -1,10 +1,9 @@
 """Exponential moving average of a model's weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
+
+from dis_ssm.distributed import whole
 
 
 class EMA:
@@ -36,21 +35,9 @@ class EMA:
         torch._foreach_lerp_(averages, values, 1 - min(self.decay, ramp))
         self.updates += 1
 
-    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Continue from `tensors`, whose names and shapes the caller has checked."""
-        for name, average in self.tensors.items():
-            average.copy_(tensors[name])
-        self.updates = updates
-
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model` with the averaged weights; its own come back, bit for bit, afterwards."""
-        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(self.tensors)
-        try:
-            yield model
-        finally:
-            model.load_state_dict(own)
+    def whole(self) -> dict[str, Tensor]:
+        """The averages, each gathered from all ranks where it is sharded. Called by all ranks."""
+        return {name: whole(average) for name, average in self.tensors.items()}
 
 
 def _float32(tensor: Tensor) -> Tensor:

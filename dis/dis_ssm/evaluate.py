@@ -106,7 +106,7 @@ def evaluate_run(
     shape = (heldout.channels, heldout.height, heldout.width)
     passes = settings.steps * -(-num // settings.batch_size)
     with _watched(model, passes, "sample", progress):
-        samples = draw_images(model, diffusion, shape, num, labels, settings)
+        samples = draw_images(model, diffusion, shape, range(num), labels, settings)
     if keep:
         save_images(samples, labels, kept)
     scores = score_samples(samples, labels, train, heldout)

@@ -5,6 +5,7 @@ Images are (n, C, H, W); model space is float32 in [-1, 1].
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,29 +74,35 @@ def draw_samples(
     model: nn.Module,
     diffusion: Diffusion,
     shape: tuple[int, int, int],
-    num: int,
+    indices: Sequence[int],
     labels: Tensor | None,
     settings: SampleConfig,
     *,
     progress: bool = False,
+    callback: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Samples 0 .. num-1 of `shape` (C, H, W) on the CPU, float32 in model space, not clipped.
+    """Samples `indices` of `shape` (C, H, W) on the CPU, float32 in model space, not clipped.
 
-    Sample i depends on (settings.seed, i): all its noise comes from generator i. labels are int64
-    (num,) or None. The model is used as it is; put it in eval mode first. Warns of samples that
-    are not finite.
+    Sample i depends on (settings.seed, i): all its noise comes from generator i. labels are int64,
+    one for each of `indices`, or None. The model is used as it is; put it in eval mode first. Calls
+    `callback` after each sampling step. Warns of samples that are not finite.
     """
     device = next(model.parameters()).device
-    batches = torch.arange(num).split(settings.batch_size)
-    parts = []
-    with tqdm(total=settings.steps * len(batches), unit="step", disable=not progress) as bar:
-        for indices in batches:
-            generators = image_generators(settings.seed, indices.tolist())
+    places = torch.arange(len(indices)).split(settings.batch_size)
+    parts = [torch.empty(0, *shape)]
+
+    def stepped(*_) -> None:
+        bar.update()
+        callback()
+
+    with tqdm(total=settings.steps * len(places), unit="step", disable=not progress) as bar:
+        for place in places:
+            generators = image_generators(settings.seed, [indices[i] for i in place.tolist()])
             images = sample(
                 model,
                 diffusion,
                 image_noise(shape, generators, device),
-                None if labels is None else labels[indices].to(device),
+                None if labels is None else labels[place].to(device),
                 steps=settings.steps,
                 sampler=settings.sampler,
                 eta=settings.eta,
@@ -103,13 +110,13 @@ def draw_samples(
                 cfg_channels=settings.cfg_channels,
                 cfg_interval=settings.cfg_interval,
                 generator=generators,
-                callback=lambda *_: bar.update(),
+                callback=stepped,
                 clip_denoised=settings.clip_denoised,
             )
             parts.append(images.cpu())
     images = torch.cat(parts)
     if wrong := (~images.isfinite()).flatten(1).any(1).sum().item():
-        warnings.warn(f"{wrong} of {num} images are not finite", stacklevel=2)
+        warnings.warn(f"{wrong} of {len(indices)} images are not finite", stacklevel=2)
     return images
 
 

@@ -63,16 +63,24 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, h: Tensor, residual: Tensor | None, skip: Tensor | None, condition: Tensor | None
+        self,
+        h: Tensor,
+        residual: Tensor | None,
+        skip: Tensor | None,
+        condition: Tensor | None,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """h, skip, residual (B, L, D), the last None before the first block; condition (B, D)."""
+        """h, skip, residual (B, L, D), the last None before the first block; condition (B, D);
+        keep (B,) bool."""
         if self.skip_linear is not None:
             h = self.skip_linear(torch.cat([h, skip], dim=-1))
         elif self.skip_mode == "add":
             h = h + skip
         if self.training and self.drop_path and residual is not None:
-            keep = 1 - self.drop_path
-            h = h * h.new_empty(h.shape[0], 1, 1).bernoulli_(keep) / keep
+            kept = 1 - self.drop_path
+            if keep is None:
+                keep = h.new_empty(h.shape[0]).bernoulli_(kept)
+            h = h * keep[:, None, None].to(h.dtype) / kept
         wide = torch.promote_types(h.dtype, torch.float32)
         residual = h.to(wide) if residual is None else residual + h
         normed = self.norm(residual)
@@ -208,11 +216,29 @@ class DiS(nn.Module):
         """
         return self.num_classes
 
+    def resize_positions(self, positions: Tensor, input_size: tuple[int, int]) -> Tensor:
+        """A position embedding (1, tokens, D) learned at `input_size`, made to fit this model.
+
+        The grid of patches is interpolated bicubically; the rows of the condition tokens stay.
+        """
+        (height, width), p = input_size, self.patch_size
+        if (height, width) == self.input_size or positions.shape[1:] == self.pos_embed.shape[1:]:
+            return positions
+        tokens, patches = positions.split(
+            [self.num_condition_tokens, height * width // p**2], dim=1
+        )
+        grid = rearrange(patches, "1 (h w) d -> 1 d h w", h=height // p)
+        size = tuple(side // p for side in self.input_size)
+        grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+        return torch.cat([tokens, rearrange(grid, "1 d h w -> 1 (h w) d")], dim=1)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         """Predicts the target for every pixel.
 
         Args:
@@ -220,6 +246,8 @@ class DiS(nn.Module):
             t: (B,) timestep, integer or float, in the units of training (0 ... T - 1).
             y: (B,) labels of any integer dtype (``null_class`` for none), or (B, cond_dim)
                 vectors; None when unconditional.
+            keep: (depth, B) bool, the block inputs that stochastic depth spares in training; None
+                draws them here.
 
         Returns:
             (B, 2C, H, W), prediction first, then the variance channels; (B, C, H, W) without
@@ -247,7 +275,8 @@ class DiS(nn.Module):
                 if self.grad_checkpointing
                 else block
             )
-            h, residual = step(h, residual, skips.pop() if i > half else None, condition)
+            skip, spared = skips.pop() if i > half else None, None if keep is None else keep[i]
+            h, residual = step(h, residual, skip, condition, spared)
             if i < half:
                 skips.append(h)
         h = self.decoder(residual + h, condition)[:, self.num_condition_tokens :]
@@ -352,7 +381,7 @@ def within(t: Tensor, interval: tuple[float, float] | None) -> Tensor | None:
 def _check_labels(y: Tensor, rows: int, num_classes: int) -> None:
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {y.dtype}")
-    if y.device.type != "cpu" or torch.compiler.is_compiling():
+    if y.device.type != "cpu" or type(y) is not Tensor or torch.compiler.is_compiling():
         return  # the embedding itself traps; a check here would wait for the device
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < rows:
         wrong = int(y[(y < 0) | (y >= rows)][0])

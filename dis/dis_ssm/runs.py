@@ -5,15 +5,19 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from dis_ssm.checkpoint import drafted
+from dis_ssm.checkpoint import drafted, write_json
 from dis_ssm.images import make_grid
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -72,74 +76,167 @@ class StopSignal:
 
 
 class RunLog:
-    """RUN/log.jsonl, RUN/tensorboard and RUN/samples, continued after `step`.
+    """RUN/log.jsonl, RUN/tensorboard, RUN/samples and RUN/scores, continued after `step`.
 
-    A line holds the means since the line before it: loss, mse, vb (bits per dimension) and
-    grad_norm (before clipping) over the steps that were finite, null without any; lr; images per
-    second of training; epoch; nonfinite, the steps skipped so far; seconds of training so far.
-    Lines beyond `step`, which a killed process had written, are removed.
+    A line holds the means since the line before it: loss, mse, vb (bits per dimension), grad_norm
+    (before clipping) and loss_q1 ... loss_q4 (by quarter of the timesteps) over the steps that were
+    finite, null without any; lr; images per second of training, over all processes; tflops, the
+    operations of the model per second in 10^12, and mfu, their share of the devices' peak, null
+    where that is unknown; data_wait, the share of time spent waiting for data; memory_gb, the most
+    that the main process has held; epoch; nonfinite, the steps skipped so far; seconds of training
+    so far. Lines beyond `step`, which a killed process had written, are removed.
+
+    Only the `main` process writes; the others keep the same sums for the checkpoints.
     """
 
-    def __init__(self, run: Path, step: int, meter: dict[str, float]):
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, run: Path, step: int, meter: dict[str, float], gauge: "Gauge", main: bool = True
+    ):
+        self.run, self.gauge, self.main = run, gauge, main
+        self.meter = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": 0.0} | meter
+        self._file = self._board = self._wandb = None
+        if main:
+            from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.meter = run, {"images": 0, "interval": 0.0, "seconds": 0.0, "finite": 0}
-        self.meter |= meter
-        path = run / "log.jsonl"
-        truncate_log(path, step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+            path = run / "log.jsonl"
+            truncate_log(path, step)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error) -> None:
-        self._file.close()
-        self._board.close()
+        if self.main:
+            self._file.close()
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
 
-    def add(self, metrics: dict[str, float], images: int, seconds: float) -> None:
+    def mirror(self, project: str, config: dict[str, Any]) -> None:
+        """Send every line and picture to Weights & Biases too, continuing the run's own page."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("train.wandb needs wandb: pip install 'dis-ssm[wandb]'") from error
+        identity = self.run / "wandb.id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+        self._wandb = wandb.init(
+            project=project,
+            name=self.run.name,
+            id=identity.read_text(encoding="utf-8"),
+            dir=self.run,
+            config=config,
+            resume="allow",
+        )
+
+    def add(self, metrics: dict[str, float], images: int, seconds: float, waited: float) -> None:
         """Count one step, whose metrics enter the means unless one of them is not finite."""
-        counts = {"images": images, "interval": seconds, "seconds": seconds}
+        counts = {"images": images, "interval": seconds, "waited": waited, "seconds": seconds}
         if all(math.isfinite(value) for value in metrics.values()):
-            counts |= {"finite": 1} | {f"mean/{name}": value for name, value in metrics.items()}
+            for name, value in metrics.items():
+                counts |= {f"sum/{name}": value, f"count/{name}": 1}
         for name, value in counts.items():
             self.meter[name] = self.meter.get(name, 0) + value
 
     def write(
-        self, step: int, epoch: float, lr: float, nonfinite: int, names: Iterator[str]
+        self, step: int, epoch: float, lr: float, nonfinite: int, names: Iterable[str]
     ) -> dict[str, Any]:
         """Write the line of `step`, start new means, and return the line."""
-        meter, finite = self.meter, self.meter["finite"]
-        means = {name: meter[f"mean/{name}"] / finite if finite else None for name in names}
+        meter = self.meter
+        line = {"step": step}
+        for name in names:
+            count = meter.get(f"count/{name}")
+            line[name] = meter[f"sum/{name}"] / count if count else None
         rate = meter["images"] / meter["interval"]
-        line = {"step": step, **means, "lr": lr, "images_per_second": round(rate, 2)}
+        line |= {"lr": lr, "images_per_second": round(rate, 2), **self.gauge.read(rate)}
+        line |= {"data_wait": round(meter["waited"] / meter["interval"], 4)}
         line |= {"epoch": round(epoch, 4), "nonfinite": nonfinite}
         line["seconds"] = round(meter["seconds"], 3)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, step)
-        self.meter = {"images": 0, "interval": 0.0, "seconds": meter["seconds"], "finite": 0}
+        self.meter = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": meter["seconds"]}
+        if self.main:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self._scalars(step, {k: v for k, v in line.items() if k != "step" and v is not None})
         return line
 
     def images(self, step: int, images: Tensor, columns: int) -> None:
         """Write a grid of samples to `preview_path` and to TensorBoard."""
+        if not self.main:
+            return
         grid = make_grid(images, columns)
         path = preview_path(self.run, step)
         path.parent.mkdir(exist_ok=True)
         with drafted(path) as draft:
             grid.save(draft)
         self._board.add_image("samples", np.array(grid.convert("RGB")), step, dataformats="HWC")
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(grid)}, step=step)
+
+    def score(self, step: int, score: dict[str, Any]) -> None:
+        """Write the score of `step` to `score_path` and to TensorBoard."""
+        if not self.main:
+            return
+        path = score_path(self.run, step)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"step": step, **score})
+        name = f"fd_{score['extractor']}_{score['num']}"
+        self._scalars(step, {name: score["frechet_distance"]})
 
     def sync(self) -> None:
         """Bring the log to disk, so that a checkpoint never outlives its lines."""
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        if self.main:
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """How hard the machine works: `flops` of one image's training step, `peak` FLOP/s of all
+    devices together, or None."""
+
+    flops: int
+    peak: float | None
+    device: torch.device
+
+    def read(self, images_per_second: float) -> dict[str, float | None]:
+        rate = self.flops * images_per_second
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self.device)
+        else:
+            held = _resident()
+        return {
+            "tflops": round(rate / 1e12, 4),
+            "mfu": round(rate / self.peak, 4) if self.peak else None,
+            "memory_gb": round(held / 1e9, 3) if held else None,
+        }
+
+
+def _resident() -> int | None:
+    """Bytes, at most so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def preview_path(run: Path, step: int) -> Path:
     return run / "samples" / f"step-{step:06d}.png"
+
+
+def score_path(run: Path, step: int) -> Path:
+    return run / "scores" / f"training-{step:06d}.json"
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -1,19 +1,17 @@
-"""Training, in one process: a step is a function of (seed, step) and of the state before it.
+"""Training, in one process or many: a step is a function of (seed, step) and the state before it.
 
-Everything random in step n comes from generators seeded by (seed, n) and is drawn on the CPU for
-the whole global batch, so that slices of it (micro-batches) are the same images with the same
-noise whatever their size, and nothing but the step number must be saved to resume bit for bit.
+Every rank takes its share of the global batch (`dis_ssm.batches`), and whatever is decided, to skip
+a step, to stop, to save, is decided from sums over all ranks, so that all decide alike.
 """
 
 import contextlib
-import hashlib
 import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +19,36 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dis_ssm.batches import Batch, Source, batches, derive_seed, open_run
 from dis_ssm.checkpoint import (
-    check_tensors,
     clean_drafts,
-    load_optimizer,
-    load_weights,
+    load_part,
     newest_intact,
     optimizer_tensors,
     save_checkpoint,
+    start_from,
     versions,
     write_json,
 )
 from dis_ssm.config import (
     Config,
-    TrainConfig,
     build_diffusion,
     build_model,
     differences,
     from_dict,
     pick_device,
-    resolve,
     to_dict,
-    to_toml,
 )
-from dis_ssm.data import ImageDataset, batch_indices, open_dataset
+from dis_ssm.distributed import World, join_world, reducing, spread, whole
 from dis_ssm.ema import EMA
-from dis_ssm.images import draw_images, label_columns, to_model_space
-from dis_ssm.runs import RunLog, StopSignal, exclusive, preview_path
+from dis_ssm.flops import peak_flops, training_flops
+from dis_ssm.optimizer import build_optimizer, learning_rate
+from dis_ssm.preview import Painter, Scorer, Stopped
+from dis_ssm.runs import Gauge, RunLog, StopSignal, exclusive, preview_path, score_path
 
 PARTS = ("model", "ema", "optimizer")
+QUARTERS = 4  # of the timesteps, whose losses are logged apart
+LOGGED = ("loss", "mse", "vb", "grad_norm", *(f"loss_q{i + 1}" for i in range(QUARTERS)))
 
 
 @dataclass(frozen=True)
@@ -64,89 +63,91 @@ class Outcome:
 def train(config: Config) -> Outcome:
     """Train until `config.train.steps`, or continue the run in `config.out` where it stopped.
 
-    A continued run equals an uninterrupted one bit for bit on the same device, with the same
-    threads and versions; otherwise it continues with a warning. SIGTERM and SIGINT end the current
-    step, save and return. Raises ValueError for settings that contradict the data or the saved run,
-    FloatingPointError after `max_nonfinite` non-finite steps in a row (the state is saved first),
-    CheckpointError when no checkpoint is intact.
+    Under torchrun the processes train one model together; the global batch, and so the result to
+    rounding, stays the same. A continued run equals an uninterrupted one bit for bit on the same
+    devices, with the same threads and versions; otherwise it continues with a warning. SIGTERM and
+    SIGINT end the current step, save and return. Raises ValueError for settings that contradict the
+    data or the saved run, FloatingPointError after `max_nonfinite` non-finite steps in a row (the
+    state is saved first), CheckpointError when no checkpoint is intact.
     """
-    config, dataset = _open(config)
-    run, steps = config.out, config.train.steps
-    trainer = Trainer(config)  # before the folder is made: what is refused leaves none
-    with exclusive(run), StopSignal() as stop:
+    with join_world(config.train.device) as world, contextlib.ExitStack() as stack:
+        config, dataset = open_run(config)
+        trainer = Trainer(config, world)  # before the folder is made: what is refused leaves none
+        painter = Painter(config, dataset, world)
+        scorer = Scorer(config, dataset, painter) if config.score.every else None
+        run, steps = config.out, config.train.steps
+        with world.together():
+            if world.main:
+                stack.enter_context(exclusive(run))
+        stop = stack.enter_context(StopSignal())
         meter = _resume(trainer, run, len(dataset))
+        if world.main:
+            _announce(trainer, len(dataset), painter.visible)
         # a process killed between saving a step and drawing it still owes the preview
-        owed = trainer.shows_step() and not preview_path(run, trainer.step).exists()
-        done = trainer.step >= steps
-        if done:
-            print(f"{run} is done: {trainer.step} of {steps} steps")
-        else:
-            write_json(run / "config.json", to_dict(config))
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            print(
-                f"{run}: {parameters:,} parameters, {len(dataset):,} images, steps "
-                f"{trainer.step:,} to {steps:,} on {trainer.device}",
-                flush=True,
-            )
-        if owed or not done:
-            with RunLog(run, trainer.step, meter) as log:
-                if owed:
-                    log.images(trainer.step, *trainer.preview())
-                if not done:
-                    _train(trainer, dataset, stop, log)
-    if trainer.nonfinite:
-        print(f"{trainer.nonfinite:,} of {trainer.step:,} steps were not finite and were skipped")
-    return Outcome(run, trainer.step, stop.received if trainer.step < steps else None)
-
-
-def describe(config: Config) -> str:
-    """What `train(config)` would do: the resolved config as TOML, its sizes as comments."""
-    config, dataset = _open(config)
-    settings, seen = config.train, config.train.steps * config.train.batch_size
-    with torch.device("meta"):
-        model = build_model(config)
-    groups = parameter_groups(model, settings.weight_decay)
-    sizes = {g["name"]: sum(p.numel() for p in g["params"]) for g in groups}
-    return (
-        f"{to_toml(config)}\n"
-        f"# parameters: {sum(sizes.values()):,}, {sizes['matrices']:,} of them in matrices\n"
-        f"# tokens: {model.pos_embed.shape[1]}\n"
-        f"# steps: {settings.steps:,} of {settings.batch_size} images\n"
-        f"# epochs: {seen / len(dataset):.2f} of {len(dataset):,} images\n"
-        f"# device: {pick_device(settings.device)}"
-    )
+        if trainer.step < steps or any(_due(trainer, painter, scorer)):
+            gauge = Gauge(training_flops(config), peak_flops(config, world), world.device)
+            log = stack.enter_context(RunLog(run, trainer.step, meter, gauge, world.main))
+            if config.train.wandb and world.main:
+                log.mirror(config.train.wandb, to_dict(config))
+            show = partial(_show, trainer, log, painter, scorer, stop)
+            show()
+            if trainer.step < steps and not trainer.stopped_by:
+                _train(trainer, dataset, stop, log, show)
+        if trainer.nonfinite and world.main:
+            counts = f"{trainer.nonfinite:,} of {trainer.step:,}"
+            print(f"{counts} steps were not finite and were skipped")
+        return Outcome(run, trainer.step, trainer.stopped_by if trainer.step < steps else None)
 
 
 class Trainer:
     """Model, average, optimizer and counters of a run; `update` is one optimizer step."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, world: World | None = None):
         settings = config.train
-        self.config, self.device = config, pick_device(settings.device)
+        world = world or World(pick_device(settings.device))
+        self.config, self.world, self.device = config, world, world.device
         self.step = self.nonfinite = self.nonfinite_in_a_row = 0
+        self.stopped_by: int | None = None
+        if settings.batch_size % world.size:
+            raise ValueError(
+                f"train.batch_size {settings.batch_size} does not divide among {world.size} "
+                f"processes: give a multiple of {world.size}"
+            )
         torch.manual_seed(derive_seed("weights", settings.seed))
-        self.model = build_model(config).to(self.device).train()
-        self.model.class_dropout_prob = 0.0  # `draw_batch` has dropped the labels
+        self.model = build_model(config)
+        if settings.init:
+            start_from(self.model, settings.init)
+        self.model.to(self.device).train()
+        self.model.class_dropout_prob = 0.0  # `read_batch` has dropped the labels
         self.model.set_grad_checkpointing(settings.grad_checkpointing)
-        self.forward = torch.compile(self.model) if settings.compile else self.model
+        sharded = world.size > 1 and settings.parallel == "fsdp"
+        if settings.compile:
+            for module in self.model.blocks if sharded else [self.model]:
+                module.compile()
+        self.forward = spread(self.model, world, settings.parallel)
         self.diffusion = build_diffusion(config)
         self.ema = EMA(self.model, settings.ema_decay, settings.ema_warmup)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, settings.weight_decay),
-            lr=settings.lr,
-            betas=settings.betas,
-            fused=True if self.device.type in ("cpu", "cuda") else None,
-        )
+        self.optimizer = build_optimizer(self.model, settings)
 
-    def update(self, batch: "Batch") -> dict[str, float]:
-        """One step on the mean loss of the batch; skipped and counted unless all is finite."""
-        settings = self.config.train
-        torch.manual_seed(derive_seed("forward", settings.seed, self.step))  # stochastic depth
+    def update(self, batch: Batch, stop: int | None = None) -> dict[str, float]:
+        """One step on the mean loss of the global batch; skipped and counted unless all is finite.
+
+        `batch` is this rank's share. `stop` is the signal this rank has received; `stopped_by` is
+        then set on every rank.
+        """
+        settings, world = self.config.train, self.world
+        torch.manual_seed(derive_seed("forward", settings.seed, self.step))
         self.optimizer.zero_grad()
-        metrics = self.accumulate(batch)
+        means, quarters = self.accumulate(batch)
         limit = settings.grad_clip or math.inf
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        means["grad_norm"] = norm
+        values = torch.stack([mean.float() for mean in means.values()]) / world.size
+        received = [float(stop or 0) if rank == world.rank else 0.0 for rank in range(world.size)]
+        signals = torch.tensor(received, device=self.device)
+        totals = world.sum(torch.cat([values, quarters.flatten(), signals])).tolist()
+        values, totals = totals[: len(means)], totals[len(means) :]
+        self.stopped_by = int(max(totals[2 * QUARTERS :])) or None
         if all(map(math.isfinite, values)):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, settings)
@@ -157,46 +158,53 @@ class Trainer:
             self.nonfinite += 1
             self.nonfinite_in_a_row += 1
         self.step += 1
-        return dict(zip(metrics, values, strict=True))
+        metrics = dict(zip(means, values, strict=True))
+        for i, (total, n) in enumerate(zip(totals, totals[QUARTERS : 2 * QUARTERS], strict=False)):
+            if n:
+                metrics[f"loss_q{i + 1}"] = total / n
+        return metrics
 
-    def accumulate(self, batch: "Batch") -> dict[str, Tensor]:
-        """Add the gradient of the mean loss, a micro-batch at a time; the mean losses."""
-        total = len(batch.x)
+    def accumulate(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradient of the mean loss, a micro-batch at a time.
+
+        The mean losses of this rank, and (2, `QUARTERS`): sums of the loss by quarter of the
+        timesteps, and how many they are.
+        """
+        total, settings = len(batch.x), self.config.train
+        size = settings.micro_batch_size or total
         means: dict[str, Tensor] = {}
-        for part in batch.slices(self.config.train.micro_batch_size or total, self.device):
-            losses = self.diffusion.training_losses(
-                self.predict, part.x, part.t, part.y, part.noise
-            )
-            shares = {name: loss.sum() / total for name, loss in losses.items()}
-            shares["loss"].backward()
+        quarters = torch.zeros(2, QUARTERS, device=self.device)
+        for start, part in zip(range(0, total, size), batch.slices(size), strict=True):
+            with reducing(self.forward, wanted=start + size >= total):
+                losses = self.diffusion.training_losses(
+                    partial(self.predict, keep=part.keep), part.x, part.t, part.y, part.noise
+                )
+                shares = {name: loss.sum() / total for name, loss in losses.items()}
+                shares["loss"].backward()
             for name, share in shares.items():
                 means[name] = means.get(name, 0) + share.detach()
-        return means
+            quarter = part.t * QUARTERS // self.diffusion.num_steps
+            loss = losses["loss"].detach().float()
+            quarters.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+        return means, quarters
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
         half = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return self.forward(x, t, y)
+            return self.forward(x, t, y, keep)
 
-    def shows_step(self) -> bool:
-        """Whether the step that was reached has a preview: each `sample.every`-th and the last."""
-        every, last = self.config.sample.every, self.config.train.steps
+    def reached(self, every: int) -> bool:
+        """Whether the step is a multiple of `every`, 0 being never, or the last."""
+        last = self.config.train.steps
         return bool(every and self.step and (self.step % every == 0 or self.step == last))
-
-    def preview(self) -> tuple[Tensor, int]:
-        """uint8 samples of the averaged weights, and the columns of their grid."""
-        model, settings = self.config.model, self.config.sample
-        labels, columns = label_columns(settings.num, list(range(model.num_classes)))
-        shape = (model.in_channels, *model.input_size)
-        with self.ema.applied(self.model):
-            self.model.eval()
-            images = draw_images(self.model, self.diffusion, shape, settings.num, labels, settings)
-            self.model.train()
-        return images, columns
 
     def machine(self) -> dict[str, Any]:
         """What sums in another order when it changes."""
-        return {"device": self.device.type, "threads": torch.get_num_threads()}
+        settings = self.config.train
+        names = ("parallel", "micro_batch_size", "compile", "grad_checkpointing")
+        found = {"device": self.device.type, "threads": torch.get_num_threads()}
+        found |= {"processes": self.world.size} | {name: getattr(settings, name) for name in names}
+        return found
 
     def save(self, meter: dict[str, float], images: int) -> None:
         state = {
@@ -209,103 +217,48 @@ class Trainer:
         }
         parts = {
             "model": self.model.state_dict(),
-            "ema": self.ema.tensors,
+            "ema": self.ema.whole(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
         }
-        keep = self.config.train.keep
-        save_checkpoint(self.config.out, self.step, parts, self.config, state, keep)
+        config = self.config
+        save_checkpoint(config.out, self.step, parts, config, state, config.train.keep, self.world)
 
-    def restore(self, folder: Path, saved: dict[str, Any], parts: dict[str, Any]) -> None:
+    def restore(self, folder: Path, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint that `newest_intact` returned."""
-        file = {name: folder / f"{name}.safetensors" for name in PARTS}
-        load_weights(self.model, parts["model"], file["model"])
-        load_optimizer(self.optimizer, self.model, parts["optimizer"], file["optimizer"])
-        check_tensors(self.ema.tensors, parts["ema"], file["ema"])
-        self.ema.load(parts["ema"], saved["trainer"]["ema_updates"])
+        load_part(folder, saved, "model", self.model.state_dict())
+        load_part(folder, saved, "ema", self.ema.tensors)
+        load_part(folder, saved, "optimizer", optimizer_tensors(self.optimizer, self.model))
         self.step = saved["step"]
+        self.ema.updates = saved["trainer"]["ema_updates"]
         self.nonfinite = saved["trainer"]["nonfinite"]
         self.nonfinite_in_a_row = saved["trainer"]["nonfinite_in_a_row"]
 
 
-def learning_rate(step: int, settings: TrainConfig) -> float:
-    """The rate of update `step` = 0, 1, ...: `min(1, (step + 1) / warmup_steps)` times lr, or times
-    `min_lr + (lr - min_lr) (1 + cos(pi step / steps)) / 2` for the cosine schedule."""
-    warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-    if settings.lr_schedule == "constant":
-        return warmup * settings.lr
-    cosine = (1 + math.cos(math.pi * step / settings.steps)) / 2
-    return warmup * (settings.min_lr + (settings.lr - settings.min_lr) * cosine)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups that cover every trainable parameter once: "matrices", the weights of linear
-    layers and convolutions, with weight decay; "others" without: biases, norms, A_log, D, position
-    and class embeddings."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = name.endswith("weight") and parameter.ndim > 1 and id(parameter) not in tables
-            (matrices if decays else others).append(parameter)
-    return [
-        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
-        {"name": "others", "params": others, "weight_decay": 0.0},
-    ]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step learns from: data x (B, C, H, W) in [-1, 1], labels y (B,), the dropped ones
-    already null, or None, timesteps t (B,), noise like x."""
-
-    x: Tensor
-    y: Tensor | None
-    t: Tensor
-    noise: Tensor
-
-    def slices(self, size: int, device: torch.device) -> Iterator["Batch"]:
-        def move(value: Tensor | None, start: int) -> Tensor | None:
-            return None if value is None else value[start : start + size].to(device)
-
-        for start in range(0, len(self.x), size):
-            yield Batch(*(move(v, start) for v in (self.x, self.y, self.t, self.noise)))
-
-
-def draw_batch(config: Config, dataset: ImageDataset, step: int) -> Batch:
-    """The global batch of `step`: a function of the arguments alone, on the CPU."""
-    settings, model = config.train, config.model
-    n, seed = settings.batch_size, settings.seed
-    generator = torch.Generator().manual_seed(derive_seed("batch", seed, step))
-    t = torch.randint(config.diffusion.num_steps, (n,), generator=generator)
-    dropped, flipped = torch.rand(2, n, generator=generator)
-    images, y = dataset.batch(batch_indices(len(dataset), n, seed, step))
-    x = to_model_space(images)
-    if config.data.flip:
-        x = torch.where(flipped[:, None, None, None] < 0.5, x.flip(-1), x)
-    if model.num_classes:
-        y = torch.where(dropped < model.class_dropout_prob, model.num_classes, y)
-    noise = torch.randn(x.shape, generator=generator)
-    return Batch(x, y if model.num_classes else None, t, noise)
-
-
-def derive_seed(*key: str | int) -> int:
-    """A seed in [0, 2^63) that differs for every key: the head of a SHA-256 of it."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
-
-
-def _open(config: Config) -> tuple[Config, ImageDataset]:
-    dataset = open_dataset(config.data.source, "train", config.data.image_size)
-    shape = {name: getattr(dataset, name) for name in ("channels", "height", "width")}
-    return resolve(config, num_classes=dataset.num_classes, **shape), dataset
+def _announce(trainer: Trainer, images: int, visible: bool) -> None:
+    config, world = trainer.config, trainer.world
+    if trainer.step >= config.train.steps:
+        print(f"{config.out} is done: {trainer.step} of {config.train.steps} steps")
+        return
+    write_json(config.out / "config.json", to_dict(config))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    where = trainer.device.type + (f" x {world.size}" if world.size > 1 else "")
+    print(
+        f"{config.out}: {parameters:,} parameters, {images:,} images, steps "
+        f"{trainer.step:,} to {config.train.steps:,} on {where}",
+        flush=True,
+    )
+    if config.sample.every and not visible:
+        print("no previews: latents are shown by their VAE, give data.vae", flush=True)
 
 
 def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     """Restore the newest intact checkpoint, if any; the log's running sums."""
-    clean_drafts(run)
-    found = newest_intact(run, PARTS)
+    if trainer.world.main:
+        clean_drafts(run)
+    found = newest_intact(run, PARTS, trainer.world)
     if found is None:
         return {}
-    folder, saved, parts = found
+    folder, saved = found
     changed = differences(from_dict(saved["config"]), trainer.config)
     if saved["trainer"]["images"] != images:
         changed.append(f"images in data.source: {saved['trainer']['images']} -> {images}")
@@ -315,57 +268,85 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
             f"continue it, or another --out to start a new run"
         )
     before, now = saved["trainer"]["machine"] | saved["versions"], trainer.machine() | versions()
-    moved = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-    if moved:
+    moved = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+    if moved and trainer.world.main:
         warnings.warn(f"{run} continues, though not bit for bit: {', '.join(moved)}", stacklevel=2)
-    trainer.restore(folder, saved, parts)
+    trainer.restore(folder, saved)
     return saved["trainer"]["meter"]
 
 
-def _train(trainer: Trainer, dataset: ImageDataset, stop: StopSignal, log: RunLog) -> None:
-    config, settings = trainer.config, trainer.config.train
+def _train(
+    trainer: Trainer, dataset: Source, stop: StopSignal, log: RunLog, show: Callable[[], None]
+) -> None:
+    config, settings, world = trainer.config, trainer.config.train, trainer.world
     bar = tqdm(
         total=settings.steps,
         initial=trainer.step,
         unit="step",
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
+        disable=not world.main,
     )
-    with bar, contextlib.closing(_batches(config, dataset, trainer.step)) as batches:
+    stream = batches(config, dataset, trainer.step, world)
+    with bar, contextlib.closing(stream):
         clock = time.perf_counter()
-        for batch in batches:
-            metrics = trainer.update(batch)
-            log.add(metrics, settings.batch_size, time.perf_counter() - clock)
-            done = trainer.step == settings.steps
-            if done or trainer.step % settings.log_every == 0:
+        for batch in stream:
+            waited = time.perf_counter() - clock
+            metrics = trainer.update(batch, stop.received)
+            log.add(metrics, settings.batch_size, time.perf_counter() - clock, waited)
+            if trainer.reached(settings.log_every):
                 epoch = trainer.step * settings.batch_size / len(dataset)
                 rate = learning_rate(trainer.step - 1, settings)
-                line = log.write(trainer.step, epoch, rate, trainer.nonfinite, metrics)
+                line = log.write(trainer.step, epoch, rate, trainer.nonfinite, LOGGED)
                 bar.set_postfix({"loss": line["loss"]}, refresh=False)
             bar.update()
             diverged = trainer.nonfinite_in_a_row >= settings.max_nonfinite
-            last = done or diverged or stop.received
-            if last or trainer.step % settings.save_every == 0:
+            saves = trainer.reached(settings.save_every) or diverged or trainer.stopped_by
+            if saves:
                 log.sync()
                 trainer.save(log.meter, len(dataset))
-            if trainer.shows_step() and not stop.received:
-                log.images(trainer.step, *trainer.preview())
             if diverged:
                 raise FloatingPointError(
                     f"loss or gradient not finite in {trainer.nonfinite_in_a_row} steps in a row; "
                     f"step {trainer.step} is saved in {config.out}. Start a new run with a "
                     f"train.lr below {settings.lr}"
                 )
-            if last:
+            if not trainer.stopped_by:
+                show()
+                if trainer.stopped_by and not saves:
+                    trainer.save(log.meter, len(dataset))
+            if trainer.stopped_by:
                 return
             clock = time.perf_counter()
 
 
-def _batches(config: Config, dataset: ImageDataset, first: int) -> Iterator[Batch]:
-    """Batches from step `first` to the last, each drawn while the step before it computes."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(draw_batch, config, dataset, first)
-        for step in range(first + 1, config.train.steps + 1):
-            batch = pending.result()
-            if step < config.train.steps:
-                pending = pool.submit(draw_batch, config, dataset, step)
-            yield batch
+def _show(
+    trainer: Trainer, log: RunLog, painter: Painter, scorer: Scorer | None, stop: StopSignal
+) -> None:
+    """Draw and score the step where that is due; `stopped_by` is set if a signal came meanwhile."""
+    draws, scores = _due(trainer, painter, scorer)
+    try:
+        if draws:
+            log.images(trainer.step, *painter.preview(trainer.ema, stop))
+        if scores:
+            log.score(trainer.step, scorer.score(trainer.ema, stop))
+    except Stopped:
+        trainer.stopped_by = max(signal or 0 for signal in trainer.world.gather(stop.received))
+
+
+def _due(trainer: Trainer, painter: Painter, scorer: Scorer | None) -> tuple[bool, bool]:
+    """Whether the step that was reached has a preview, and a score, that are not there yet."""
+    config, step = trainer.config, trainer.step
+
+    def missing(path: Path) -> bool:
+        return not trainer.world.gather(path.exists())[0]
+
+    draws = painter.visible and trainer.reached(config.sample.every)
+    scores = scorer is not None and trainer.reached(config.score.every)
+    return (
+        draws and missing(preview_path(config.out, step)),
+        scores and missing(score_path(config.out, step)),
+    )

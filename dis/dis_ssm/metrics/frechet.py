@@ -1,5 +1,7 @@
 """The Fréchet distance between Gaussians, and the streaming statistics it needs."""
 
+from functools import cached_property
+
 import torch
 
 
@@ -16,18 +18,35 @@ def frechet_distance(
     mu (d,), cov (d, d) symmetric. Raises ValueError for other shapes, non-finite values and a
     covariance with a negative eigenvalue.
     """
-    mu1, cov1, mu2, cov2 = (
-        torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mu1, cov1, mu2, cov2)
-    )
-    d = mu1.numel()
-    if any(mu.shape != (d,) for mu in (mu1, mu2)) or any(c.shape != (d, d) for c in (cov1, cov2)):
-        shapes = [tuple(v.shape) for v in (mu1, cov1, mu2, cov2)]
-        raise ValueError(f"need shapes (d,), (d, d), (d,), (d, d), got {shapes}")
-    if not (torch.isfinite(mu1).all() and torch.isfinite(mu2).all()):
-        raise ValueError("a mean holds non-finite values")
-    cross = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
-    squared = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(squared.item(), 0.0)
+    return Gaussian(mu1, cov1).distance(Gaussian(mu2, cov2))
+
+
+class Gaussian:
+    """N(mean (d,), cov (d, d)), factored once however often it is compared."""
+
+    def __init__(self, mean: torch.Tensor, cov: torch.Tensor):
+        self.mean, self.cov = (
+            torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean, cov)
+        )
+        d = self.mean.numel()
+        if self.mean.shape != (d,) or self.cov.shape != (d, d):
+            shapes = f"{tuple(self.mean.shape)} and {tuple(self.cov.shape)}"
+            raise ValueError(f"need shapes (d,) and (d, d), got {shapes}")
+        if not torch.isfinite(self.mean).all():
+            raise ValueError("a mean holds non-finite values")
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        return _factor(self.cov)
+
+    def distance(self, other: "Gaussian") -> float:
+        """`frechet_distance`."""
+        if self.mean.shape != other.mean.shape:
+            sizes = f"{len(self.mean)} and {len(other.mean)}"
+            raise ValueError(f"need shapes (d,) and (d, d) with one d, got d = {sizes}")
+        cross = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
+        squared = (self.mean - other.mean).square().sum()
+        return max((squared + self.cov.trace() + other.cov.trace() - 2 * cross).item(), 0.0)
 
 
 def _factor(cov: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,132 @@
+"""What a model costs, counted from the model itself: floating-point operations and memory."""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dis_ssm.batches import open_run
+from dis_ssm.config import Config, build_model, pick_device, to_toml
+from dis_ssm.distributed import World
+from dis_ssm.optimizer import parameter_groups
+
+TRAINING_PASSES = 3  # a backward pass costs two forward ones
+STATE_BYTES = {"weights": 4, "gradients": 4, "average": 4, "AdamW": 8}  # per parameter
+
+# Dense peaks in FLOP/s by precision, from NVIDIA's data sheets; float32 is TensorFloat-32's,
+# which PyTorch leaves off by default, so that its utilisation there reads low.
+PEAKS = {
+    "H200": {"bf16": 989e12, "float32": 495e12},
+    "H100 PCIe": {"bf16": 756e12, "float32": 378e12},
+    "H100": {"bf16": 989e12, "float32": 495e12},
+    "A100": {"bf16": 312e12, "float32": 156e12},
+    "L40S": {"bf16": 362e12, "float32": 183e12},
+    "RTX 4090": {"bf16": 165e12, "float32": 83e12},
+}
+
+
+def forward_flops(config: Config) -> dict[str, int]:
+    """Operations of one image's forward pass, by kind; a multiply-add counts as two.
+
+    Counted by PyTorch on tensors without storage, each operator by its formula: matrix products
+    and convolutions as PyTorch counts them, our scans and depthwise convolutions as
+    `dis_ssm.ops` registers them. Elementwise operations are left out, as everywhere.
+    """
+    with torch.device("meta"):
+        model = build_model(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*_inputs(config, "meta", 1))
+    counts = counter.get_flop_counts()["Global"]
+    return {str(operator): count for operator, count in counts.items()}
+
+
+def training_flops(config: Config) -> int:
+    """Operations of one image's training step, recomputation not counted."""
+    return TRAINING_PASSES * sum(forward_flops(config).values())
+
+
+def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """What autograd keeps between forward and backward pass, parameters and inputs not counted."""
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*inputs)
+    for tensor in (*model.parameters(), *model.buffers(), *inputs):
+        if tensor is not None:
+            kept.pop(tensor.untyped_storage()._cdata, None)
+    del out
+    return sum(size for size, _ in kept.values())
+
+
+def training_memory(config: Config) -> tuple[int, int]:
+    """Bytes of one process that trains alone: of the model's state, and kept for each image."""
+    with FakeTensorMode():
+        model = build_model(config).train()
+        model.set_grad_checkpointing(config.train.grad_checkpointing)
+        half = config.train.precision == "bf16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            one, two = (kept_bytes(model, *_inputs(config, "cpu", n)) for n in (1, 2))
+    parameters = sum(p.numel() for p in model.parameters())
+    return sum(STATE_BYTES.values()) * parameters, two - one
+
+
+def describe(config: Config) -> str:
+    """What `train(config)` would do: the resolved config as TOML, its sizes as comments.
+
+    Where the data is not at hand, the config must say the model's shape itself.
+    """
+    images = None
+    try:
+        config, dataset = open_run(config)
+        images = len(dataset)
+    except (ValueError, ImportError) as error:
+        if None in (config.model.input_size, config.model.in_channels, config.model.num_classes):
+            raise
+        missing = str(error)
+    settings = config.train
+    with torch.device("meta"):
+        model = build_model(config)
+    groups = parameter_groups(model, settings.weight_decay)
+    sizes = {g["name"]: sum(p.numel() for p in g["params"]) for g in groups}
+    state, kept = training_memory(config)
+    batch = settings.micro_batch_size or settings.batch_size
+    counts = forward_flops(config)
+    parts = ", ".join(f"{name.rpartition('.')[2]} {n / 1e9:.3f}" for name, n in counts.items())
+    seen = settings.steps * settings.batch_size
+    lines = [
+        f"parameters: {sum(sizes.values()):,}, {sizes['matrices']:,} of them in matrices",
+        f"tokens: {model.pos_embed.shape[1]}",
+        f"GFLOPs of one image's forward pass: {sum(counts.values()) / 1e9:.3f} ({parts})",
+        f"memory: {state / 1e9:.2f} GB for weights, gradients, average and AdamW, "
+        f"{kept / 1e6:.1f} MB kept for each image: {(state + batch * kept) / 1e9:.2f} GB "
+        f"for {batch} images in one process",
+        f"steps: {settings.steps:,} of {settings.batch_size} images, {seen:,} in all, "
+        f"{TRAINING_PASSES * sum(counts.values()) * seen / 1e18:.4g} EFLOP",
+    ]
+    if images is None:
+        lines.append(f"epochs: unknown, the data is not here: {missing}")
+    else:
+        lines.append(f"epochs: {seen / images:.2f} of {images:,} images")
+    lines.append(f"device: {pick_device(settings.device)}")
+    return "\n".join([to_toml(config), *(f"# {line}" for line in lines)])
+
+
+def peak_flops(config: Config, world: World) -> float | None:
+    """Peak FLOP/s of all devices together at the precision of the config; None if not known."""
+    if world.device.type != "cuda":
+        return None
+    name, precision = torch.cuda.get_device_name(world.device), config.train.precision
+    found = next((peak[precision] for key, peak in PEAKS.items() if key in name), None)
+    return found and found * world.size
+
+
+def _inputs(config: Config, device: str, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    model = config.model
+    x = torch.empty(n, model.in_channels, *model.input_size, device=device)
+    y = torch.zeros(n, dtype=torch.int64, device=device) if model.num_classes else None
+    return x, torch.zeros(n, device=device), y

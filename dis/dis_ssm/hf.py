@@ -1,0 +1,88 @@
+"""The only door to diffusers' model classes: loading an AutoencoderKL and telling two apart.
+
+diffusers is imported inside the functions, because that takes seconds.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from dis_ssm.metrics.compat import declare_torchvision_operators
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+LONGEST_REASON = 200
+ENCODER = ("encoder.", "quant_conv.")  # the weights that latents depend on
+
+
+def load_vae(
+    path_or_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> "AutoencoderKL":
+    """The AutoencoderKL of a folder (its own, or a pipeline's with a sub-folder ``vae``) or hub id.
+
+    What is on this machine is used; only a hub id that is not is downloaded. The weights must be
+    safetensors and complete. Frozen, in eval mode. Raises ValueError naming `path_or_id`.
+    """
+    declare_torchvision_operators()
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("loading a VAE needs diffusers: pip install diffusers") from error
+
+    source, folder = str(path_or_id), Path(path_or_id).expanduser()
+    options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= {"low_cpu_mem_usage": False}  # the other way needs accelerate
+    try:
+        if folder.is_dir():
+            inner = folder / "vae"
+            folder = inner if (inner / "config.json").is_file() else folder
+            found = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, **options)
+        elif folder.exists() or not HUB_ID.fullmatch(source):
+            raise OSError("there is no such folder")
+        else:
+            found = _from_hub(AutoencoderKL, source, options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ValueError(
+            f"cannot load VAE {source!r}: {reason}. Give the folder of an AutoencoderKL, with its "
+            f"config.json and safetensors, or a hub id, such as {DEFAULT_VAE}"
+        ) from error
+    vae, report = found
+    if absent := sorted(report["missing_keys"]):
+        raise ValueError(f"VAE {source!r} is not an AutoencoderKL, or incomplete: no {absent[0]}")
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def _from_hub(cls: type, name: str, options: dict):
+    try:
+        return cls.from_pretrained(name, local_files_only=True, **options)
+    except OSError:
+        return cls.from_pretrained(name, **options)
+
+
+def vae_hash(vae: "AutoencoderKL") -> dict[str, str]:
+    """{"config": ..., "weights": ...}, SHA-256 in hex.
+
+    config: the architecture and scale as sorted JSON, without what names versions and places.
+    weights: name, dtype, shape and bytes of every tensor of the **encoder** and quant_conv, in
+    order of name; decoders tuned afterwards share the latents and therefore the hash.
+    """
+    config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=list)
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(ENCODER):
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            weights.update(flat.view(torch.uint8).numpy())
+    return {"config": hashlib.sha256(text.encode()).hexdigest(), "weights": weights.hexdigest()}
