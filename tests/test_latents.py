@@ -28,12 +28,14 @@ from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import make_grid, to_model_space
 from dis_ssm.latents import (
     CacheError,
+    LatentDataset,
     check_cache,
     decode,
     latent_scale,
     open_cache,
     read_manifest,
 )
+from dis_ssm.runs import exclusive
 
 SIDE, COUNT, SHARD, BATCH = 32, 23, 4, 3  # the last shard and batches are short
 BROKEN = 6  # index of the image that is no image
@@ -285,8 +287,7 @@ def rank_of_many(rank, address, arguments):
     sys.exit(cli.main(arguments))
 
 
-def kill_midway(arguments, cache, size):
-    """Start `size` ranks and kill -9 them all as soon as two shards are there."""
+def start_ranks(arguments, size):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -295,6 +296,12 @@ def kill_midway(arguments, cache, size):
     ranks = [fork(target=rank_of_many, args=(k, address, arguments)) for k in range(size)]
     for rank in ranks:
         rank.start()
+    return ranks
+
+
+def kill_midway(arguments, cache, size):
+    """Start `size` ranks and kill -9 them all as soon as two shards are there."""
+    ranks = start_ranks(arguments, size)
     deadline = time.monotonic() + 60
     while len(list(cache.glob("shard-*"))) < 2:
         assert all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline
@@ -367,12 +374,13 @@ def test_a_shard_that_nobody_noted_is_kept(cache, whole, source, vae_folder, cap
     manifest = read_manifest(cache)
     manifest |= {"shards": manifest["shards"][:1], "complete": False}
     (cache / "manifest.json").write_text(json.dumps(manifest))
+    (cache / ".draft-shard-00005.safetensors").write_bytes(b"cut short")
     foreign = load_file(cache / "shard-00003.safetensors")
     save_file(foreign, cache / "shard-00003.safetensors")
     quietly(source, cache, vae_folder)
     printed = capsys.readouterr().out
     assert "shard-00003.safetensors belongs to another cache" in printed
-    assert "1 of 6 shards" in printed
+    assert "1 of 6 shards" in printed and not list(cache.glob(".draft*"))
     assert shards(cache) == shards(whole) and read_manifest(cache) == read_manifest(whole)
 
 
@@ -420,11 +428,45 @@ def test_too_many_corrupt_images_are_an_error(tmp_path, source, vae_folder):
     with pytest.raises(ValueError, match=r"(?s)06\.png.*20\.png") as error:
         quietly(folder, tmp_path / "out", vae_folder, max_corrupt=1)
     assert "max_corrupt" in str(error.value)
-    # the limit is for the whole cache, not for each call that continues it
-    with pytest.raises(ValueError, match="2 images cannot be read and max_corrupt is 1"):
-        quietly(folder, tmp_path / "out", vae_folder, max_corrupt=1)
+    with pytest.raises(ValueError, match=r"2 images .* cannot be read, more than max_corrupt 1"):
+        quietly(folder, tmp_path / "out", vae_folder, max_corrupt=1)  # of all calls together
+    with pytest.raises(CacheError, match="incomplete"):
+        open_cache(tmp_path / "out")
     quietly(folder, tmp_path / "out", vae_folder, max_corrupt=2)
     assert len(open_cache(tmp_path / "out")) == COUNT - 2
+    with pytest.raises(ValueError, match="max_corrupt 1"):
+        quietly(folder, tmp_path / "out", vae_folder, max_corrupt=1)
+    shutil.copy(source / "dog" / "20.png", folder / "dog" / "20.png")
+    quietly(folder, tmp_path / "out", vae_folder, max_corrupt=1)
+    assert len(open_cache(tmp_path / "out")) == COUNT - 1
+
+
+def test_corrupt_images_count_over_all_processes(tmp_path, source, vae_folder, capfd):
+    folder = shutil.copytree(source, tmp_path / "images")
+    (folder / "dog" / "17.png").write_bytes(b"no image either")  # of rank 0, the other of rank 1
+    arguments = [*command(folder, tmp_path / "out", vae_folder), "--max-corrupt", "1"]
+    ranks = start_ranks(arguments, 2)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [2, 2]
+    message = "2 images cannot be read and max_corrupt is 1"
+    assert capfd.readouterr().err.count(message) == 2
+    with pytest.raises(CacheError, match="incomplete"):
+        open_cache(tmp_path / "out")
+
+
+def test_two_commands_do_not_share_a_folder(cache, source, vae_folder):
+    with exclusive(cache), pytest.raises(ValueError, match="by another process"):
+        quietly(source, cache, vae_folder)
+
+
+def test_a_cache_is_a_data_set_of_its_split_and_size(whole):
+    dataset = open_dataset(whole, "train", SIDE)
+    assert isinstance(dataset, LatentDataset) and len(dataset) == len(KEPT)
+    with pytest.raises(ValueError, match="heldout"):
+        open_dataset(whole, "heldout")
+    with pytest.raises(ValueError, match="64"):
+        open_dataset(whole, "train", 64)
 
 
 def test_folders_that_are_no_cache_are_left_alone(tmp_path, source, vae_folder):

@@ -219,6 +219,8 @@ def test_precision_and_recall_of_collapse():
     assert precision_recall(real, real, ALONE) == (1.0, 1.0)
     far = Manifold(reference + 100, 3, ALONE)
     assert precision_recall(real, far, ALONE) == (0.0, 0.0)
+    wide = 1e3 * torch.rand(40, 300, generator=generator)
+    assert not squared_distances(wide, wide).diagonal().any()
     exact = ((reference[:, None].double() - reference[None].double()) ** 2).sum(2)
     assert torch.allclose(squared_distances(reference, reference), exact, atol=1e-8)
     with pytest.raises(ValueError, match="3 images: a radius to neighbour 3"):

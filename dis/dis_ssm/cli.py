@@ -1,6 +1,7 @@
 """dis-ssm train | sample | evaluate | encode | info | convert"""
 
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -13,19 +14,20 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from dis_ssm.checkpoint import check_writable, load_model, locate, read_state, write_json
+from dis_ssm.checkpoint import check_writable, locate, read_state, versions, write_json
 from dis_ssm.config import (
     Config,
-    build_diffusion,
     load_config,
     named_configs,
-    pick_device,
     sample_settings,
 )
+from dis_ssm.distributed import RankError, join_world
 from dis_ssm.hf import DEFAULT_VAE
 from dis_ssm.ops.native import BackendError
 
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, BackendError, RankError)
 INTERRUPTED = 128 + signal.SIGINT
+LARGEST_GRID = 1000  # images
 LONGEST_NAME = 200  # of a file; systems allow 255 bytes, drafts included
 
 
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, FloatingPointError, BackendError) as error:
+    except EXPECTED as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -107,14 +109,20 @@ def sample(
     eta: float | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
+    labels: Literal["balanced", "random"] = "balanced",
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
+    precision: Literal["float32", "bf16"] = "float32",
+    compile: bool = False,
     device: str | None = None,
+    png: bool = False,
     out: Path | None = None,
 ) -> int:
-    """Draw images from a trained model, one class a column; image i depends on (seed, i, class).
+    """Draw images from a trained model; image i depends on (seed, i, class).
 
-    Latents are decoded by a VAE. Without one they are written as .npz: float32 (n, C, H, W).
+    A grid (.png) has one class a column. A set (.npz, as ADM's evaluator reads it) may be of any
+    size and be drawn under torchrun by any number of processes; the same command again finishes one
+    that was interrupted. Latents are decoded by a VAE; without one they stay float32 (n, C, H, W).
 
     Args:
         run: a run folder, or one of its checkpoints.
@@ -124,71 +132,80 @@ def sample(
         cfg_scale: guidance, 1 for none; unset, like the next seven, as the run's config says.
         cfg_channels: guide the first so many channels only.
         cfg_interval: guide between these timesteps only.
+        labels: of a set: as many of each class (balanced), or drawn uniformly (random).
         weights: averaged (ema) or as trained.
         vae: folder or hub id of the VAE that decodes; none for the latents themselves; unset, that
             of the run's config, or the one its latent cache names if that is a folder.
-        out: a .png grid or .npz arrays; by default a grid in the run's samples folder, named
-            after the step and these options.
+        compile: compile the model first; pays off for thousands of images.
+        png: write each image of a set to a folder of PNG files too.
+        out: NAME.png or NAME.npz; by default in the run's samples folder, named after the step and
+            these options, a grid up to 1000 images.
     """
-    from dis_ssm.images import (
-        VISIBLE_CHANNELS,
-        check_format,
-        draw_samples,
-        label_columns,
-        samples_name,
-        save_images,
-        to_uint8,
-    )
-    from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
+    from dis_ssm.generate import draw_labels, generate, open_artist
+    from dis_ssm.images import check_format, label_columns, samples_name, save_images
 
     if out:
         check_format(out)
-    folder, checkpoint = locate(run)
-    model, config = load_model(checkpoint, weights=weights, device=pick_device(device))
-    source, channels = config.data.source, config.model.in_channels
-    visible = channels in VISIBLE_CHANNELS and not is_cache(source)
-    vae = vae or config.data.vae or cached_vae(source)
-    decoder = None
-    if vae and vae != "none":
-        decoder = load_decoder(vae, source, channels, pick_device(device))
-    elif out and out.suffix == ".png" and not visible:
-        raise ValueError(
-            f"{run} draws latents of {channels} channels, and showing them needs a VAE: give --vae "
-            f"a folder or hub id, or --out a name that ends in .npz"
+    with join_world(device) as world:
+        folder, checkpoint = locate(run)
+        artist = open_artist(
+            checkpoint,
+            weights=weights,
+            vae=vae,
+            device=world.device,
+            precision=precision,
+            compiled=compile,
         )
-    settings = sample_settings(
-        config,
-        cfg_scale=cfg_scale,
-        cfg_channels=cfg_channels,
-        cfg_interval=cfg_interval,
-        steps=steps,
-        sampler=sampler,
-        eta=eta,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    known = range(config.model.num_classes)
-    if unknown := [label for label in classes if label not in known]:
-        raise ValueError(f"class {unknown[0]} is not one of the model's {len(known)} classes")
-    num = _count(num, per_class, len(classes or known))
-    labels, columns = label_columns(num, list(classes or known))
-    if out is None:
-        drawn = dataclasses.replace(settings, num=num)
-        name = samples_name(read_state(checkpoint)["step"], drawn, weights, classes)
-        out = folder / "samples" / (name + (".png" if visible or decoder else ".npz"))
-        if len(out.name) > LONGEST_NAME:
-            raise ValueError(f"{len(classes)} classes are too many for a file name: give --out")
-    check_writable(out)
-    shape = (config.model.in_channels, *config.model.input_size)
-    samples = draw_samples(
-        model, build_diffusion(config), shape, range(num), labels, settings, progress=True
-    )
-    if decoder:
-        samples = decode(decoder, samples)
-    elif visible:
-        samples = to_uint8(samples)
-    save_images(samples, labels, out, columns)
-    print(out)
+        config = artist.config
+        if out and out.suffix == ".png" and not artist.visible:
+            raise ValueError(
+                f"{run} draws latents of {config.model.in_channels} channels, and showing them "
+                f"needs a VAE: give --vae a folder or hub id, or --out a name that ends in .npz"
+            )
+        settings = sample_settings(
+            config,
+            cfg_scale=cfg_scale,
+            cfg_channels=cfg_channels,
+            cfg_interval=cfg_interval,
+            steps=steps,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        known = range(config.model.num_classes)
+        if unknown := [label for label in classes if label not in known]:
+            raise ValueError(f"class {unknown[0]} is not one of the model's {len(known)} classes")
+        num = _count(num, per_class, len(classes or known))
+        settings, step = dataclasses.replace(settings, num=num), read_state(checkpoint)["step"]
+        if out is None:
+            name = samples_name(step, settings, weights, classes)
+            name += "-random" * (labels == "random") + "-bf16" * (precision == "bf16")
+            is_grid = artist.visible and num <= LARGEST_GRID and world.size == 1 and not png
+            out = folder / "samples" / (name + (".png" if is_grid else ".npz"))
+            if len(out.name) > LONGEST_NAME:
+                raise ValueError(f"{len(classes)} classes are too many for a file name: give --out")
+        check_writable(out)
+        if out.suffix == ".png":
+            if world.size > 1 or labels == "random" or png:
+                raise ValueError(
+                    f"{out} is a grid, drawn by one process with a class a column: give --out a "
+                    f"name that ends in .npz for a set"
+                )
+            chosen, columns = label_columns(num, list(classes or known))
+            images = artist.draw(range(num), chosen, settings, progress=True)
+            save_images(images, chosen, out, columns)
+        else:
+            chosen = draw_labels(num, classes or known, labels, settings.seed)
+            size = min(settings.batch_size, num)
+            plan = dataclasses.asdict(settings) | {"batch_size": size, "checkpoint_step": step}
+            plan |= {"run": str(folder), "weights": weights, "labels": labels, "vae": vae}
+            plan |= {"classes": list(classes), "precision": precision, "png": png}
+            plan |= {"device": world.device.type, "versions": versions()}
+            draw = functools.partial(artist.draw, settings=settings)
+            generate(draw, chosen, num, size, out, plan, world, png)
+        if world.main:
+            print(out)
     return 0
 
 
@@ -204,7 +221,8 @@ def _count(num: int | None, per_class: int | None, classes: int, default: int = 
 
 
 def evaluate(
-    run: Positional[Path],
+    samples: Positional[Path],
+    reference: Positional[str | None] = None,
     *,
     num: int = 600,
     cfg_scale: float | None = None,
@@ -214,25 +232,60 @@ def evaluate(
     batch_size: int | None = None,
     bound_images: int = 256,
     bound_terms: int = 32,
-    device: str | None = None,
     keep: bool = False,
+    extractor: Literal["inception", "lite0", "dinov2", "pixels"] = "inception",
+    weights: Path | None = None,
+    resize: int | None = None,
+    image_size: int | None = None,
+    split: Literal["train", "heldout"] = "train",
+    save_reference: Path | None = None,
+    device: str | None = None,
+    out: Path | None = None,
 ) -> int:
-    """Score samples of a run against held-out real images; also written to RUN/scores.
+    """Score images against a reference: FID, sFID, IS, precision, recall; or score a run.
+
+    With a REFERENCE, SAMPLES are images (.npz, .zip, folder), and the reference is images, a data
+    set, or statistics such as ADM's; several processes share the work under torchrun. Without one,
+    SAMPLES is a run of small images: `num` are drawn and compared with held-out real ones.
 
     Args:
-        run: a run folder, or one of its checkpoints.
-        num: how many images to draw.
-        cfg_scale: guidance, 1 for none; unset, like steps and sampler, as the run's config says.
-        bound_images: held-out images whose bits per dimension are bounded.
-        bound_terms: timesteps each of them is evaluated at, even; 0 skips the bound.
-        keep: write the samples to RUN/samples as .npz.
+        samples: images, or a run folder or one of its checkpoints.
+        reference: what to compare images with.
+        num: of a run: how many images to draw.
+        cfg_scale: of a run: guidance; unset, like steps and sampler, as its config says.
+        bound_images: of a run: held-out images whose bits per dimension are bounded.
+        bound_terms: of a run: timesteps each of them is evaluated at, even; 0 skips the bound.
+        keep: of a run: write the samples to RUN/samples as .npz.
+        extractor: the features; inception is FID's.
+        weights: a file of the extractor's weights; inception downloads its own without one.
+        resize: side in pixels at which lite0 and dinov2 look, instead of 224.
+        image_size: crop and scale a reference that is a data set to this.
+        split: of a reference that is a data set.
+        save_reference: write the reference's statistics to this .npz for the next time.
+        out: the report (.json); by default beside the samples, or in RUN/scores.
     """
     from dis_ssm.evaluate import evaluate_run, format_scores, scores_path
 
-    folder, _ = locate(run)
-    check_writable(folder / "scores" / "trial.json")
+    if reference is not None:
+        return _evaluate_images(
+            samples,
+            reference,
+            out or samples.with_name(f"{samples.stem}-{extractor}.json"),
+            device,
+            extractor=extractor,
+            weights=weights,
+            resize=resize,
+            batch_size=batch_size or 64,
+            image_size=image_size,
+            split=split,
+            save_reference=save_reference,
+        )
+    if samples.suffix in (".npz", ".zip"):
+        raise ValueError(f"{samples} holds images: say what to compare them with, too")
+    folder, _ = locate(samples)
+    check_writable(out or folder / "scores" / "trial.json")
     scores = evaluate_run(
-        run,
+        samples,
         num=num,
         cfg_scale=cfg_scale,
         steps=steps,
@@ -245,9 +298,24 @@ def evaluate(
         keep=keep,
     )
     print(format_scores(scores))
-    path = scores_path(folder, scores)
+    path = out or scores_path(folder, scores)
     write_json(path, scores)
     print(path)
+    return 0
+
+
+def _evaluate_images(
+    samples: Path, reference: str, out: Path, device: str | None, **options
+) -> int:
+    from dis_ssm.metrics import evaluate_samples, format_report
+
+    check_writable(out)
+    with join_world(device) as world:
+        report = evaluate_samples(samples, reference, world=world, progress=world.main, **options)
+        if world.main:
+            print(format_report(report))
+            write_json(out, report)
+            print(out)
     return 0
 
 

@@ -4,20 +4,20 @@ An `ImageDataset` gives uint8 images (C, H, W) and integer labels; `open_dataset
 folder or file. Splits are fixed: nothing here depends on a clock, a global generator or a file
 date. `sources` knows the formats.
 
-=====================  ========================  ===================================================
-source                 image                     "train" / "heldout"
-=====================  ========================  ===================================================
+=====================  =========================  =================================================
+source                 image                      "train" / "heldout"
+=====================  =========================  =================================================
 ``digits``             1 x 8 x 8, 17 grey levels  1,195 / 602: within each class, in file order,
-                       (scikit-learn, UCI)       images 0, 3, 6, ... are held out (same writers)
-``fashion-mnist``      1 x 28 x 28               6,000 / 1,000: the first 600 and 100 of each class
-                       (embedded subset)         in the official train and test files
-folder of idx          as in the files           ``train-*`` / ``t10k-*``
-CIFAR-10, as released  3 x 32 x 32               its 50,000 training / 10,000 test images
-CelebA folder          3 x size x size           partition 0, 162,770 images / partition 1, 19,867
-Hugging Face data set  3 x size x size           train / validation, or test where that is missing
-folder or zip          3 x size x size           its sub-folders ``train`` and ``heldout`` if it has
-of images                                        both; otherwise every image is "train"
-=====================  ========================  ===================================================
+                       (scikit-learn, UCI)        images 0, 3, 6, ... are held out (same writers)
+``fashion-mnist``      1 x 28 x 28                6,000 / 1,000: the first 600 and 100 of each
+                       (embedded subset)          class in the official train and test files
+folder of idx          as in the files            ``train-*`` / ``t10k-*``
+CIFAR-10, as released  3 x 32 x 32                its 50,000 training / 10,000 test images
+CelebA folder          3 x size x size            partition 0, 162,770 / partition 1, 19,867
+Hugging Face data set  3 x size x size            train / validation, or test where that is missing
+folder or zip file     3 x size x size            its sub-folders ``train`` and ``heldout`` if it
+of images                                         has both; otherwise every image is "train"
+=====================  =========================  =================================================
 """
 
 import io
@@ -74,7 +74,8 @@ def open_dataset(
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if (manifest := Path(source).expanduser() / LATENT_MANIFEST).is_file():
+    manifest = Path(source).expanduser() / LATENT_MANIFEST
+    if str(source) not in SOURCES and manifest.is_file():
         return _open_latents(manifest, split, image_size)
     kind, path = sources.recognise(source)
     if kind not in sources.IN_MEMORY:
@@ -120,8 +121,11 @@ class ImageDataset(Dataset):
 
     `labels` is an int64 tensor (n,), all `NO_LABEL` when `num_classes` is 0; `class_names[k]` names
     class k. `corrupt` maps the index of each image found unreadable to its name and the reason;
-    only `FileDataset` fills it. Subclasses give `_images`.
+    only `FileDataset` fills it. `crop` is a key of `CROPS`, or None where nothing is resized.
+    Subclasses give `_images`.
     """
+
+    crop: str | None = None
 
     def __init__(self, name: str, shape: Sequence[int], labels, class_names: Sequence[str] = ()):
         self.name = name
@@ -218,7 +222,9 @@ class FileDataset(ImageDataset):
 
     def _decode(self, indices) -> tuple[np.ndarray, list[int], list[int]]:
         """The images, the indices as 0 .. len - 1, and the positions that could not be read."""
-        indices = [range(len(self))[i] for i in torch.as_tensor(indices, dtype=torch.int64)]
+        indices = [
+            range(len(self))[i] for i in torch.as_tensor(indices, dtype=torch.int64).tolist()
+        ]
         images = np.empty((len(indices), self.channels, self.height, self.width), np.uint8)
         if len(indices) < 2 or self.workers == 1:
             reasons = list(map(self._fill, indices, images))

@@ -94,7 +94,7 @@ def encode(
                 held.enter_context(_folder_of_our_own(out))
                 manifest = _begin(out, settings)
         cache = _Shards(out, world.gather(manifest)[0])
-        todo = _look(cache, world)
+        todo = _look(cache, dataset, max_corrupt, world)
         if world.main:
             print(
                 f"{out}: {len(dataset):,} images of {source}, {len(todo):,} of "
@@ -115,24 +115,25 @@ def encode(
                     cache.records |= records
                 bar.update(cache.images(todo[: start + world.size]) - bar.n)
                 with world.together():
+                    cache.refuse_corrupt(max_corrupt)
                     if world.main:
                         cache.save()
-                    cache.refuse_corrupt(max_corrupt)
         with world.together():
             open_cache(out)  # every rank must see every shard
     return cache.manifest
 
 
-def _look(cache: "_Shards", world: World) -> list[str]:
+def _look(cache: "_Shards", dataset: ImageDataset, max_corrupt: int, world: World) -> list[str]:
     """Note the shards that are there and intact, each rank its part; the names of the others."""
     with world.together():
-        mine = cache.look(list(cache.spans)[world.rank :: world.size])
+        mine = cache.look(list(cache.spans)[world.rank :: world.size], dataset)
     for records, damage in world.gather(mine):
         cache.records |= records
         if world.main:
             for line in damage:
                 print(f"{line}; it is encoded again", flush=True)
     with world.together():
+        cache.refuse_corrupt(max_corrupt)
         if world.main:
             cache.save()
     return [name for name in cache.spans if name not in cache.records]
@@ -152,7 +153,9 @@ class _Shards:
         moments = 2 * FLIPS * math.prod(self.manifest["latent_shape"]) * torch.float16.itemsize
         return self.images(names) * (moments + torch.int64.itemsize)
 
-    def look(self, names: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    def look(
+        self, names: list[str], dataset: ImageDataset
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Records of the shards `names` that are intact, and what is wrong with others."""
         known = {record["name"]: record for record in self.manifest["shards"]}
         records, damage = {}, []
@@ -163,6 +166,9 @@ class _Shards:
                 # without a record, the process died between writing the shard and noting it
                 record = known.get(name) or self._record(name)
                 verify_shard(self.folder, self.manifest, record)
+                left_out = [int(index) for index in record["corrupt"]]
+                if left_out and len(dataset.read(left_out)[1]):
+                    raise CacheError(f"{self.folder / name} lacks images that can be read by now")
                 records[name] = record
             except CacheError as error:
                 damage.append(str(error))

@@ -11,6 +11,7 @@ from harness import race
 from step import CHANNELS, CLASSES
 
 from dis_ssm import create_model
+from dis_ssm.metrics.compat import declare_torchvision_operators
 from dis_ssm.mixer import BiMamba
 
 STEPS = 1000  # of the diffusion, the range of t
@@ -21,6 +22,7 @@ def build(name: str, size: int):
     """DiS, or diffusers' DiT at the widths of arXiv 2212.09748, for ``size`` x ``size`` latents."""
     if name.startswith("DiS"):
         return create_model(name, input_size=size, in_channels=CHANNELS, num_classes=CLASSES)
+    declare_torchvision_operators()
     from diffusers import DiTTransformer2DModel
 
     depth, heads, width = DIT[name]

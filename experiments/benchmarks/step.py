@@ -17,6 +17,7 @@ from harness import RESULTS, processor, race, record, write
 from torch.profiler import ProfilerActivity, profile
 
 from dis_ssm import create_model
+from dis_ssm.metrics.compat import declare_torchvision_operators
 from dis_ssm.mixer import BiMamba
 from dis_ssm.ops import native
 
@@ -26,6 +27,7 @@ PRODUCTS = ("aten::addmm", "aten::addmm_", "aten::mm", "aten::bmm")
 
 def dit(size: int):
     """DiT-S/2 (arXiv 2212.09748, table 4)."""
+    declare_torchvision_operators()
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(

@@ -1,0 +1,193 @@
+"""Samples by the thousand: one set whatever the number of processes, resumed after any kill.
+
+Image i has noise and label of its own and is always drawn in the same batch, so the set is the
+same, bit for bit on one kind of device, however many processes share the batches. NAME.npz holds
+them as ADM's evaluator reads them: arr_0 uint8 (n, H, W, C), arr_1 int64 labels; NAME.json says how
+they were made. Until all are there, finished batches lie in the folder NAME.parts.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dis_ssm.batches import derive_seed
+from dis_ssm.checkpoint import drafted, load_model, write_json
+from dis_ssm.config import Config, SampleConfig, build_diffusion
+from dis_ssm.distributed import World
+from dis_ssm.images import VISIBLE_CHANNELS, draw_samples, to_uint8
+from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
+
+NO_VAE = "none"
+
+
+@dataclass
+class Artist:
+    """A trained model, the VAE that decodes what it draws, or None, and how they compute."""
+
+    model: nn.Module
+    config: Config
+    vae: Any
+    device: torch.device
+    precision: str
+
+    @property
+    def visible(self) -> bool:
+        """Whether the results are images (uint8), not latents (float32)."""
+        pixels = self.config.model.in_channels in VISIBLE_CHANNELS
+        return bool(self.vae) or (pixels and not is_cache(self.config.data.source))
+
+    @torch.no_grad()
+    def draw(
+        self,
+        indices: Sequence[int],
+        labels: Tensor | None,
+        settings: SampleConfig,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples `indices`, (n, C, H, W), uint8 or latents; see `images.draw_samples`."""
+        model = self.config.model
+        shape = (model.in_channels, *model.input_size)
+        diffusion = build_diffusion(self.config)
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            arguments = (self.model, diffusion, shape, indices, labels, settings)
+            samples = draw_samples(*arguments, progress=progress)
+        if self.vae:
+            return decode(self.vae, samples)
+        return to_uint8(samples) if self.visible else samples
+
+
+def open_artist(
+    checkpoint: Path,
+    *,
+    weights: str = "ema",
+    vae: str | None = None,
+    device: torch.device,
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Artist:
+    """The artist of a checkpoint. `vae` is a folder, a hub id, "none", or None for the one of the
+    run's config or latent cache, if there is one."""
+    model, config = load_model(checkpoint, weights=weights, device=device)
+    source = config.data.source
+    name = vae or config.data.vae or cached_vae(source)
+    decoder = None
+    if name and name != NO_VAE:
+        decoder = load_decoder(name, source, config.model.in_channels, device)
+    if compiled:
+        model.compile()
+    return Artist(model, config, decoder, device, precision)
+
+
+def draw_labels(num: int, classes: Sequence[int], how: str, seed: int) -> Tensor | None:
+    """int64 (num,): "balanced" in turn, or "random", uniform and fixed by `seed` (as ADM and DiT
+    do); None without classes."""
+    if not len(classes):
+        return None
+    if how == "balanced":
+        return torch.tensor(list(classes))[torch.arange(num) % len(classes)]
+    generator = torch.Generator().manual_seed(derive_seed("labels", seed))
+    return torch.tensor(list(classes))[torch.randint(len(classes), (num,), generator=generator)]
+
+
+def generate(
+    draw: Callable[[Sequence[int], Tensor | None], Tensor],
+    labels: Tensor | None,
+    num: int,
+    batch_size: int,
+    out: Path,
+    plan: dict[str, Any],
+    world: World,
+    png: bool = False,
+) -> None:
+    """Draw samples 0 to num - 1 in batches of `batch_size` and write `out` (.npz).
+
+    Called by all ranks; each takes batches in turn. `plan`, plain data, is everything that the
+    samples depend on: parts of another plan are refused with ValueError. With `png` each image is
+    written to the folder NAME too.
+    """
+    parts, pictures = out.with_suffix(".parts"), out.with_suffix("")
+    batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
+    with world.together():
+        if world.main:
+            _begin(parts, plan)
+    missing = world.gather([k for k in range(len(batches)) if not _part(parts, k).exists()])[0]
+    done = num - sum(len(batches[k]) for k in missing)
+    bar = tqdm(total=num, initial=done, unit="image", disable=not world.main, mininterval=1)
+    with bar:
+        for start in range(0, len(missing), world.size):
+            turn = missing[start : start + world.size]
+            with world.together():
+                if world.rank < len(turn):
+                    indices = batches[turn[world.rank]]
+                    chosen = None if labels is None else labels[indices.start : indices.stop]
+                    images = draw(indices, chosen)
+                    if images.dtype == torch.uint8:
+                        images = images.permute(0, 2, 3, 1)
+                        _write_pictures(pictures if png else None, indices, images)
+                    with drafted(_part(parts, turn[world.rank])) as draft, draft.open("wb") as file:
+                        np.save(file, images.contiguous().numpy())
+            bar.update(sum(len(batches[k]) for k in turn))
+    with world.together():
+        if world.main:
+            _assemble(out, parts, len(batches), num, labels)
+            write_json(out.with_suffix(".json"), plan)
+            shutil.rmtree(parts)
+
+
+def _begin(parts: Path, plan: dict[str, Any]) -> None:
+    path = parts / "plan.json"
+    if not path.exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan)
+        return
+    found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(plan))
+    changed = [
+        f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
+        for key in {**found, **wanted}
+        if found.get(key) != wanted.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{parts} holds samples drawn with other settings ({'; '.join(changed)}): give those "
+            f"again to finish them, remove the folder, or give another --out"
+        )
+
+
+def _part(parts: Path, k: int) -> Path:
+    return parts / f"part-{k:06d}.npy"
+
+
+def _write_pictures(folder: Path | None, indices: range, images: Tensor) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in zip(indices, images.numpy(), strict=True):
+        with drafted(folder / f"{i:06d}.png") as draft:
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(draft)
+
+
+def _assemble(out: Path, parts: Path, count: int, num: int, labels: Tensor | None) -> None:
+    """One .npz of all parts, a part in memory at a time."""
+    with drafted(out) as draft, zipfile.ZipFile(draft, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for k in range(count):
+                part = np.load(_part(parts, k), allow_pickle=False)
+                if k == 0:
+                    shape = (num, *part.shape[1:])
+                    header = {"descr": part.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(part.tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels.numpy())
