@@ -100,7 +100,7 @@ def dis_ssm(*arguments, processes: int = 1) -> list[str]:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    return [*start, "-m", "dis_ssm", *map(str, arguments)]
+    return [*start, "-m", "dis_ssm", "--", *map(str, arguments)]
 
 
 def run(*arguments, processes: int = 1) -> None:

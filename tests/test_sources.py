@@ -206,7 +206,7 @@ def write_zip(path, files, method=zipfile.ZIP_DEFLATED):
 @pytest.mark.parametrize("around", ["", "pets/"])
 def test_zip_of_class_folders_is_read_like_the_folder(tmp_path, around, method):
     arrays = {f"{c}/{k}.png": pixels(k, len(c)) for c in ("dog", "cat-2", "cat") for k in range(3)}
-    arrays["cat/deep/er/a.PNG"] = pixels(7)
+    arrays |= {"cat/deep/er/a.PNG": pixels(7), "cat/deep-1.png": pixels(8)}
     junk = {f"__MACOSX/{around}cat/._0.png": b"", f"{around}.DS_Store": b"", "LIESMICH.txt": b"x"}
     files = {around + name: png(array) for name, array in arrays.items()}
     path = write_zip(tmp_path / "images.zip", junk | {f"{around}dog/": b""} | files, method)
@@ -215,10 +215,10 @@ def test_zip_of_class_folders_is_read_like_the_folder(tmp_path, around, method):
     in_zip = open_dataset(path, image_size=SIZE)
     in_folder = open_dataset(tmp_path / "unpacked" / around, image_size=SIZE)
     assert in_zip.class_names == in_folder.class_names == ("cat", "cat-2", "dog")
-    order = [f"cat/{k}.png" for k in range(3)] + ["cat/deep/er/a.PNG"]
+    order = [f"cat/{k}.png" for k in range(3)] + ["cat/deep/er/a.PNG", "cat/deep-1.png"]
     order += [f"{c}/{k}.png" for c in ("cat-2", "dog") for k in range(3)]
     for ds in (in_zip, in_folder):
-        assert_holds(ds, [arrays[name] for name in order], [0] * 4 + [1] * 3 + [2] * 3)
+        assert_holds(ds, [arrays[name] for name in order], [0] * 5 + [1] * 3 + [2] * 3)
     assert [in_zip.files.title(i) for i in (3, 9)] == [f"{path}: {order[i]}" for i in (3, 9)]
 
 

@@ -34,6 +34,7 @@ LONGEST_NAME = 200  # of a file; systems allow 255 bytes, drafts included
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit status. 2 and one line on stderr for what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = arguments[arguments[:1] == ["--"] :]  # keeps torchrun from reading our options
     warnings.showwarning = _print_warning
     try:
         commands = {

@@ -183,7 +183,8 @@ class ScoreConfig:
     num: int = 10_000  # images drawn for a score
     extractor: Literal["pixels", "lite0", "inception", "dinov2"] = "inception"
     weights: str | None = None  # file of the extractor's weights
-    reference: str | None = None  # statistics or images to compare with; None: the training data
+    reference: str | None = None  # statistics or images to compare with; None: data.source
+    split: Literal["train", "heldout"] = "train"  # of a reference that is a data set
 
     def __post_init__(self):
         _check(self, self.every >= 0, "every", "must be 0 or more")

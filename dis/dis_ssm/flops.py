@@ -1,5 +1,7 @@
 """What a model costs, counted from the model itself: floating-point operations and memory."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -8,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dis_ssm.batches import open_run
 from dis_ssm.config import Config, build_model, pick_device, to_toml
 from dis_ssm.distributed import World
+from dis_ssm.mixer import BiMamba, FusedMixer
 from dis_ssm.optimizer import parameter_groups
 
 TRAINING_PASSES = 3  # a backward pass costs two forward ones
@@ -33,11 +36,25 @@ def forward_flops(config: Config) -> dict[str, int]:
     `dis_ssm.ops` registers them. Elementwise operations are left out, as everywhere.
     """
     with torch.device("meta"):
-        model = build_model(config).eval()
+        model = count_kernels(build_model(config)).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*_inputs(config, "meta", 1))
     counts = counter.get_flop_counts()["Global"]
     return {str(operator): count for operator, count in counts.items()}
+
+
+def count_kernels(model: nn.Module) -> nn.Module:
+    """The model, its mixers bound to the kernels' operators: on the meta device they need no
+    compiler, so that the count is the same on every machine, whichever backend it would run."""
+    for mixer in model.modules():
+        if isinstance(mixer, BiMamba):
+            mixer.forward = partial(_fused, mixer)
+    return model
+
+
+def _fused(mixer: BiMamba, h: Tensor) -> Tensor:
+    f, b = mixer.forward_scan.tensors(), mixer.backward_scan.tensors()
+    return FusedMixer.apply(h, mixer.in_proj.weight, *f, *b, mixer.out_proj.weight, False)
 
 
 def training_flops(config: Config) -> int:

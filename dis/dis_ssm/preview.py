@@ -139,13 +139,13 @@ class Scorer:
         return self.extractor(images.expand(-1, 3, -1, -1))["pool"]
 
     def _reference(self, dataset: Source) -> "Gaussian":
-        """Statistics from a file, or of the images named or trained on, of which each rank reads
-        its share."""
+        """Statistics from a file, or of the images named, of which each rank reads its share."""
         from dis_ssm.metrics.evaluator import open_reference
         from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
 
-        named = self.config.score.reference or dataset
-        stored, images = open_reference(named, "train", self.config.data.image_size)
+        settings, data = self.config.score, self.config.data
+        named = settings.reference or (dataset if settings.split == "train" else data.source)
+        stored, images = open_reference(named, settings.split, data.image_size)
         if stored:
             return stored.gaussians["pool"]
         found, share = FeatureStatistics(), self.world.share(len(images))

@@ -93,15 +93,16 @@ def evaluate_samples(
             raise ValueError(f"{name} is {value}: give at least 1")
     started = time.perf_counter()
     world = world or World(pick_device())
-    extractor = _ready(extractor, weights, resize, world)
     with world.together():
         generated = open_images(samples)
         if len(generated) < 2:
             raise ValueError(f"{samples} is 1 image: a distance needs 2 or more")
-        stored, real = _open_reference(reference, split, image_size)
-        _check_comparable(generated, stored, real, extractor)
+        stored, real = open_reference(reference, split, image_size)
         if save_reference is not None:
             _check_savable(Path(save_reference), stored)
+    extractor = _ready(extractor, weights, resize, world)
+    with world.together():
+        _check_comparable(generated, stored, real, extractor)
 
     options = {"splits": splits, "batch_size": batch_size, "world": world, "progress": progress}
     target = _scan_reference(stored, real, extractor, reference_images, options)
@@ -163,7 +164,7 @@ def _ready(extractor, weights, resize, world: World) -> Extractor:
         return opened or open_extractor(extractor, **options)
 
 
-def _open_reference(
+def open_reference(
     reference: Source, split: str, image_size: int | None
 ) -> tuple[StoredStatistics | None, Images | None]:
     """Statistics, images, or both."""

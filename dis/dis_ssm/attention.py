@@ -1,0 +1,141 @@
+"""DiT and U-ViT, the attention backbones that DiS is measured against, by the names of their papers.
+
+Letters: J tokens, D hidden size, L blocks, p patch. Nothing that trains or samples DiS uses this.
+"""
+
+import difflib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dis_ssm.model import DiS_models, create_model, timestep_features
+
+PATCHES = (2, 4, 8)
+DIT = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+UVIT = {"S": (13, 8, 64), "M": (17, 12, 64), "L": (21, 16, 64), "H": (29, 16, 72)}
+PEERS = {
+    f"{family}-{size}/{patch}": (family, patch, shape)
+    for family, sizes in (("DiT", DIT), ("U-ViT", UVIT))
+    for size, shape in sizes.items()  # depth, heads, width of a head
+    for patch in PATCHES
+}
+
+
+class UViTBlock(nn.Module):
+    """h + attention(LN(h)), then h + MLP(LN(h)); a deep one first maps [h, skip] back to D."""
+
+    def __init__(self, dim: int, heads: int, deep: bool):
+        super().__init__()
+        self.heads = heads
+        self.skip_linear = nn.Linear(2 * dim, dim) if deep else None
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, h: Tensor, skip: Tensor | None) -> Tensor:
+        if self.skip_linear is not None:
+            h = self.skip_linear(torch.cat([h, skip], dim=-1))
+        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(m.transpose(1, 2) for m in (q, k, v)))
+        h = h + self.proj(mixed.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.norm2(h))
+
+
+class UViT(nn.Module):
+    """A transformer in the manner of U-ViT (arXiv 2209.12152): time, class and patches are tokens,
+    long skips are concatenated and projected, a 3x3 convolution ends it.
+
+    Args:
+        input_size: (height, width). patch_size: p. in_channels: C. num_classes: 0 for none.
+        depth: L, odd. heads, head_width: D is their product.
+    """
+
+    def __init__(
+        self,
+        input_size: tuple[int, int],
+        patch_size: int,
+        in_channels: int,
+        num_classes: int,
+        depth: int,
+        heads: int,
+        head_width: int,
+    ):
+        super().__init__()
+        dim = heads * head_width
+        self.grid = tuple(side // patch_size for side in input_size)
+        self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.extra = 2 if num_classes else 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extra + math.prod(self.grid), dim))
+        self.blocks = nn.ModuleList(UViTBlock(dim, heads, i > depth // 2) for i in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, patch_size**2 * in_channels)
+        self.final = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,), y (B,) int or None -> (B, C, H, W)."""
+        h = self.patch_embed(x).flatten(2).mT
+        tokens = [timestep_features(t, h.shape[-1], h.dtype)]
+        tokens += [] if self.class_embed is None else [self.class_embed(y)]
+        h = torch.cat([*(token[:, None] for token in tokens), h], dim=1) + self.pos_embed
+        skips, half = [], len(self.blocks) // 2
+        for i, block in enumerate(self.blocks):
+            h = block(h, skips.pop() if i > half else None)
+            if i < half:
+                skips.append(h)
+        h = self.linear(self.norm(h))[:, self.extra :].mT
+        p = self.patch_embed.stride
+        return self.final(
+            F.fold(h, [n * s for n, s in zip(self.grid, p, strict=True)], p, stride=p)
+        )
+
+
+def dit(
+    input_size: tuple[int, int],
+    patch_size: int,
+    in_channels: int,
+    num_classes: int,
+    depth: int,
+    heads: int,
+    head_width: int,
+) -> nn.Module:
+    """diffusers' DiT with learned sigma (arXiv 2212.09748); no classes become one.
+
+    diffusers gives every block embedders of time and class; here they share one pair, as in the
+    paper. The class itself takes squares only, `multiply_adds` any size.
+    """
+    from dis_ssm.metrics.compat import declare_torchvision_operators
+
+    declare_torchvision_operators()
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        in_channels=in_channels,
+        out_channels=2 * in_channels,
+        num_layers=depth,
+        sample_size=max(input_size),
+        patch_size=patch_size,
+        num_embeds_ada_norm=max(num_classes, 1),
+    )
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb = model.transformer_blocks[0].norm1.emb
+    return model
+
+
+def build(name: str, size: tuple[int, int], channels: int, classes: int) -> nn.Module:
+    """DiS, DiT or U-ViT by name; ValueError for a name nobody has or a patch that does not fit."""
+    if name in DiS_models:
+        return create_model(name, input_size=size, in_channels=channels, num_classes=classes)
+    if name not in PEERS:
+        known = {key.lower(): key for key in (*DiS_models, *PEERS)}
+        near = difflib.get_close_matches(name.lower(), known, cutoff=0.4)
+        hint = ", ".join(known[key] for key in near) or "DiS-S/2, DiT-S/2 or U-ViT-S/2"
+        raise ValueError(f"unknown model {name!r}; did you mean {hint}?")
+    family, patch, shape = PEERS[name]
+    if any(side % patch for side in size):
+        raise ValueError(f"patch_size {patch} does not divide the input size {size[0]}x{size[1]}")
+    return (dit if family == "DiT" else UViT)(size, patch, channels, classes, *shape)

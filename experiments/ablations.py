@@ -1,0 +1,200 @@
+"""The ablations of the paper, small: patch size, long skip, time conditioning, depth, width.
+
+    python experiments/ablations.py [--runs runs/ablations] [--seeds 3] [flags of dis-ssm train]
+
+Unconditional models of the 8x8 digits, as many steps for all; the Fréchet distance of the averaged
+model's samples to held-out images, over training, mean and standard error over seeds. A run lives
+in RUNS/NAME-SEED; the same command again continues a killed run and repeats none. Writes
+experiments/results/ablations.json, .png and .md. From the repository's root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import study
+
+from dis_ssm.config import Config, load_config
+from dis_ssm.metrics import evaluate_samples
+
+HELDOUT = "heldout.npz"
+VARIANTS = {
+    "base": {},
+    "patch-4": {"patch_size": 4},
+    "patch-1": {"patch_size": 1},
+    "skip-none": {"skip": "none"},
+    "skip-add": {"skip": "add"},
+    "time-adaln": {"time_conditioning": "adaln"},
+    "depth-3": {"depth": 3},
+    "depth-13": {"depth": 13},
+    "width-24": {"hidden_size": 24},
+    "width-96": {"hidden_size": 96},
+}
+# what is varied -> the paper's finding, and value -> variant, from worst to best as the paper has
+# it; in the second place of `ABLATIONS` are the pairs (better, worse) that it claims
+ABLATIONS = {
+    "patch size": (
+        "smaller patches are better",
+        {"4": "patch-4", "2": "base", "1": "patch-1"},
+        [("2", "4"), ("1", "2")],
+    ),
+    "long skip": (
+        "concatenation beats addition and no skip",
+        {"none": "skip-none", "add": "skip-add", "concat": "base"},
+        [("concat", "none"), ("concat", "add")],
+    ),
+    "time": (
+        "a time token beats adaLN in the blocks",
+        {"adaLN": "time-adaln", "token": "base"},
+        [("token", "adaLN")],
+    ),
+    "depth": (
+        "more depth is better",
+        {"3": "depth-3", "7": "base", "13": "depth-13"},
+        [("7", "3"), ("13", "7")],
+    ),
+    "width": (
+        "more width is better",
+        {"24": "width-24", "48": "base", "96": "width-96"},
+        [("48", "24"), ("96", "48")],
+    ),
+}
+
+
+def base() -> Config:
+    """The digits demo, unconditional as the paper's CIFAR-10 models, narrower and deeper."""
+    return study.change(
+        load_config("digits"),
+        model={"hidden_size": 48, "depth": 7, "num_classes": 0},
+        train={"steps": 400, "save_every": 400, "keep": 1},
+        sample={"every": 0, "steps": 20, "cfg_scale": 1.0, "batch_size": 256},
+        score={"every": 80, "num": 602, "extractor": "pixels"},
+    )
+
+
+def finding(title: str, variants: dict[str, Any]) -> dict[str, Any]:
+    """Whether a finding of the paper repeats: only if each of its pairs does."""
+    claim, values, claimed = ABLATIONS[title]
+    rows = {value: variants[name] for value, name in values.items()}
+    pairs = [{"better": b, "worse": w} | study.compare(rows[b], rows[w]) for b, w in claimed]
+    verdicts = {pair["verdict"] for pair in pairs}
+    verdict = "undecided"
+    if verdicts == {"repeats"} or "does not" in verdicts:
+        verdict = "does not" if "does not" in verdicts else "repeats"
+    said = {"repeats": "repeats at this scale", "does not": "does not repeat at this scale"}
+    ends = ", ".join(
+        f"{value} {study.with_error(row['mean'][-1], row['stderr'][-1])}"
+        for value, row in rows.items()
+    )
+    gains = "; ".join(
+        f"{p['better']} against {p['worse']}: {study.with_error(p['gain'], p['stderr'])} smaller, "
+        f"{'as in the paper' if p['verdict'] == 'repeats' else 'against it'}"
+        if p["verdict"] != "undecided"
+        else f"{p['better']} against {p['worse']}: {study.with_error(p['gain'], p['stderr'])} "
+        f"smaller, undecided"
+        for p in pairs
+    )
+    sentence = (
+        f"{title.capitalize()}: that {claim} {said.get(verdict, 'stays undecided at this scale')}. "
+        f"Final distances: {ends}; {gains}."
+    )
+    return {"ablation": title, "verdict": verdict, "pairs": pairs, "sentence": sentence}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One panel an ablation, distance against step with bars of one standard error."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(15, 4), layout="constrained")
+    panels = figure.subplots(1, len(ABLATIONS), sharey=True)
+    colours = ("tab:red", "tab:orange", "tab:blue")
+    for panel, (title, (_, values, _)) in zip(panels, ABLATIONS.items(), strict=True):
+        for (value, name), colour in zip(values.items(), colours[-len(values) :], strict=True):
+            row = report["variants"][name]
+            errors = [error or 0 for error in row["stderr"]]
+            label = f"{value} ({1e3 * row['gflops']:.1f} MFLOPs)"
+            style = {"color": colour, "marker": "o", "ms": 3, "capsize": 3}
+            panel.errorbar(row["steps"], row["mean"], errors, label=label, **style)
+        panel.axhline(report["floor"], color="grey", ls="--", lw=1, label="training images")
+        panel.set(title=title, xlabel="step", yscale="log")
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    score = report["score"]
+    panels[0].set_ylabel(f"{score['metric']} of {score['num']} samples to held-out images")
+    seeds = f"mean ± standard error of {len(report['variants']['base']['runs'])} seeds"
+    figure.suptitle(f"{report['config']['data']['source']}: {seeds}; {study.caption(report)}")
+    figure.savefig(path, dpi=110)
+
+
+def text(report: dict[str, Any]) -> str:
+    """Table and findings as markdown."""
+    variants, score = report["variants"], report["score"]
+    steps = variants["base"]["steps"]
+    rows = [["variant", "parameters", "MFLOPs", "s a run", *(f"step {step}" for step in steps)]]
+    for name, row in variants.items():
+        seconds = study.mean_error(list(row["training seconds"].values()))[0]
+        cost = [f"{row['parameters']:,}", f"{1e3 * row['gflops']:.2f}", f"{seconds:.0f}"]
+        pairs = zip(row["mean"], row["stderr"], strict=True)
+        rows.append([name, *cost, *(study.with_error(*pair) for pair in pairs)])
+    model, settings = report["config"]["model"], report["config"]["train"]
+    return "\n".join(
+        [
+            "# Ablations",
+            "",
+            f"`{report['command']}`, commit {report['commit']}, {report['device']}, "
+            f"{report['threads']} thread(s), {report['date']}.",
+            "",
+            f"{report['config']['data']['source']}, unconditional; base: width "
+            f"{model['hidden_size']}, depth {model['depth']}, patch {model['patch_size']}, skip "
+            f"{model['skip']}, time as a {model['time_conditioning']}; {settings['steps']} steps of "
+            f"{settings['batch_size']} images and one learning rate, {settings['lr']:g}, for all. "
+            f"{score['metric']} (a grey image counts as three equal channels) of {score['num']} "
+            f"EMA samples, {score['sampler']} {score['steps']}, to the held-out images: mean ± "
+            f"standard error over {len(variants['base']['runs'])} seeds. As many training images "
+            f"are at {report['floor']:.3f}. MFLOPs: one image's forward pass, scan included.",
+            "",
+            study.table(rows),
+            "",
+            f"A difference counts when it exceeds {study.DECIDED} of its standard errors.",
+            "",
+            *(f"- {found['sentence']}" for found in report["findings"]),
+            "",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    runs, results = Path("runs/ablations"), study.RESULTS / "ablations.json"
+    options = study.parse(study.Options(base(), runs, results), __doc__, arguments)
+    config, reference = options.config, options.runs / HELDOUT
+    config = study.change(config, score={"reference": str(reference)})
+    variants = {
+        name: study.seeded(study.change(config, model=values), name, options)
+        for name, values in VARIANTS.items()
+    }
+    in_turn = [config for same_seed in zip(*variants.values(), strict=True) for config in same_seed]
+    if options.list:
+        print(*(study.command(c, "digits", options.launcher) for c in in_turn), sep="\n")
+        return
+    study.save_heldout(config.data.source, reference)
+    if not options.collect:
+        study.train_all(in_turn)
+    real = options.runs / f"training-{config.score.num}.npz"
+    study.save_training(config.data.source, config.score.num, real)
+    scores = evaluate_samples(real, reference, extractor=config.score.extractor, confidence=False)
+    report = study.about(config)
+    report["floor"] = next(iter(scores["scores"].values()))["value"]
+    report["variants"] = {name: study.summarise(runs) for name, runs in variants.items()}
+    if missing := [name for name, row in report["variants"].items() if row is None]:
+        raise ValueError(f"no finished run of {', '.join(missing)}: run it without --collect")
+    report["findings"] = [finding(title, report["variants"]) for title in ABLATIONS]
+    study.write(report, options.results)
+    options.results.with_suffix(".md").write_text(text(report), encoding="utf-8")
+    draw(report, options.results.with_suffix(".png"))
+    print(text(report))
+
+
+if __name__ == "__main__":
+    main()
