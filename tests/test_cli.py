@@ -363,3 +363,23 @@ def test_every_command_is_offered(capsys):
     text = capsys.readouterr().out
     assert "digits" in text and "--train.micro-batch-size" in text
     assert cli.__doc__.startswith("dis-ssm train")
+
+
+def test_images_are_scored_against_a_reference(tmp_path, capsys):
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for name, scale in (("a", 255), ("b", 128)):
+        images = random.integers(0, scale, (64, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images)
+    a, b = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    assert main(["evaluate", a, b, "--extractor", "pixels"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "a-pixels.json"
+    report = json.loads(path.read_text())
+    assert str(path) in printed and report["scores"]["fd_pixels"]["value"] > 0
+    assert main(["evaluate", a, a, "--extractor", "pixels", "--out", str(tmp_path / "o.json")]) == 0
+    assert json.loads((tmp_path / "o.json").read_text())["scores"]["fd_pixels"]["value"] < 1e-9
+    capsys.readouterr()
+    assert main(["evaluate", a]) == 2
+    assert "what to compare them with" in capsys.readouterr().err

@@ -410,6 +410,24 @@ def test_drop_path_is_random_per_image_in_training_only():
     assert 2 <= kinds <= 8  # each of three blocks is kept or not, for each image by itself
 
 
+def test_given_blocks_are_kept_and_scaled():
+    """keep spares an input and divides it by its chance; with chance 1/2 a kept one doubles."""
+    model = awaken(tiny(drop_path=0.5)).train()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 7])
+    block = model.blocks[-1]
+    inputs = []
+    block.norm.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    residuals = []
+    block.register_forward_pre_hook(lambda module, args: residuals.append(args[:3]))
+    keep = torch.ones(model.depth, 2, dtype=torch.bool)
+    keep[-1, 1] = False
+    model(x, t, None, keep)
+    h, residual, skip = residuals[0]
+    h = block.skip_linear(torch.cat([h, skip], dim=-1)) if block.skip_linear else h
+    torch.testing.assert_close(inputs[0][0], residual[0] + 2 * h[0])
+    torch.testing.assert_close(inputs[0][1], residual[1])
+
+
 # ---- PyTorch's machinery ------------------------------------------------------------------
 
 

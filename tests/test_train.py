@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +32,7 @@ from dis_ssm.config import (
 )
 from dis_ssm.data import open_dataset
 from dis_ssm.ema import EMA
+from dis_ssm.flops import training_flops
 from dis_ssm.images import draw_images, make_grid
 from dis_ssm.optimizer import learning_rate, parameter_groups
 from dis_ssm.preview import Painter
@@ -539,3 +541,73 @@ def test_unconditional_training_ignores_labels(tmp_path):
 def test_unusable_devices_are_named():
     with pytest.raises(ValueError, match="'gpu0' cannot be used"):
         pick_device("gpu0")
+
+
+def test_weights_and_biases_gets_every_line(tmp_path, monkeypatch):
+    """A stand-in with the calls that wandb documents: init, log, finish, Image."""
+    begun, logged = [], []
+
+    class Page:
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**options):
+        begun.append(options)
+        return Page()
+
+    stand_in = types.SimpleNamespace(init=init, Image=lambda image: image.size)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    config = tiny(tmp_path / "run", steps=2, wandb="a-project")
+    config = dataclasses.replace(config, sample=SampleConfig(every=2, num=4, steps=2))
+    train(config)
+    (options,) = begun
+    assert options["project"] == "a-project" and options["resume"] == "allow"
+    assert options["config"]["train"]["lr"] == 1e-3
+    scalars = [entry for entry in logged if entry != "finished" and "loss" in entry[1]]
+    assert [step for step, _ in scalars] == [1, 2] and logged[-1] == "finished"
+    for (_, values), line in zip(scalars, read_log(tmp_path / "run"), strict=True):
+        assert values["loss"] == line["loss"] and values["lr"] == line["lr"]
+    assert (2, {"samples": (262, 64)}) in logged
+    (tmp_path / "run" / "samples" / "step-000002.png").unlink()
+    train(config)
+    assert begun[1]["id"] == options["id"]  # the same page
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"dis-ssm\[wandb\]"):
+        train(tiny(tmp_path / "other", wandb="a-project"))
+
+
+def test_lines_say_how_the_time_was_spent(tmp_path):
+    train(tiny(tmp_path, log_every=3))
+    config, _ = open_run(tiny(tmp_path))
+    for line in read_log(tmp_path):
+        assert 0 <= line["data_wait"] < 1 and line["memory_gb"] > 0.05 and line["mfu"] is None
+        work = training_flops(config) * line["images_per_second"] / 1e12
+        assert line["tflops"] == pytest.approx(work, abs=6e-5)
+        quarters = [line[f"loss_q{i}"] for i in (1, 2, 3, 4)]
+        assert min(quarters) < line["loss"] < max(quarters)
+
+
+def test_losses_by_quarter_of_the_timesteps_make_the_whole():
+    trainer = trainer_of(tiny(batch_size=32, micro_batch_size=5))
+    batch = draw_batch(trainer.config, digits(), 0)
+    means, quarters = trainer.accumulate(batch)
+    assert quarters[1].tolist() == (batch.t * 4 // 1000).bincount(minlength=4).tolist()
+    torch.testing.assert_close(quarters[0].sum() / 32, means["loss"], rtol=1e-5, atol=0)
+
+
+def test_stochastic_depth_is_drawn_with_the_batch():
+    config = open_run(tiny(batch_size=512))[0]
+    keep = draw_batch(config, digits(), 0).keep
+    assert keep.shape == (3, 512) and keep.dtype == torch.bool
+    assert keep[0].all()
+    for i, rate in ((1, 0.15), (2, 0.3)):
+        assert (~keep[i]).float().mean().item() == pytest.approx(rate, abs=0.06)
+    trainer = trainer_of(tiny(batch_size=4, micro_batch_size=None))
+    awaken(trainer.model)
+    batch = draw_batch(trainer.config, digits(), 0)
+    whole = trainer.predict(batch.x, batch.t, batch.y, batch.keep)
+    parts = [trainer.predict(p.x, p.t, p.y, p.keep) for p in batch.slices(1)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
