@@ -353,7 +353,9 @@ def _sharded(folder: Path) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]
 @torch.no_grad()
 def _read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Each process reads what it needs, so that nobody waits for another."""
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
 
 
 def _files(folder: Path) -> list[str]:
