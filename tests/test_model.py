@@ -416,7 +416,7 @@ def test_given_blocks_are_kept_and_scaled():
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 7])
     block = model.blocks[-1]
     inputs = []
-    block.norm.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    block.norm.register_forward_hook(lambda module, args, out: inputs.append(out[1]))
     residuals = []
     block.register_forward_pre_hook(lambda module, args: residuals.append(args[:3]))
     keep = torch.ones(model.depth, 2, dtype=torch.bool)
@@ -470,11 +470,13 @@ def test_compiles_whole():
 
 
 def norm_inputs(model):
-    """A list that collects, at every forward pass, the dtype that each norm is given."""
+    """A list that collects, at every forward pass, the dtype that each norm normalises."""
     seen = []
     for name, module in model.named_modules():
         if "norm" in name.split(".")[-1] and not list(module.children()):
-            module.register_forward_hook(lambda m, args, out: seen.append(args[0].dtype))
+            module.register_forward_hook(
+                lambda m, args, out: seen.append((out[1] if isinstance(out, tuple) else args[0]).dtype)
+            )
     return seen
 
 

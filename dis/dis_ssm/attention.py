@@ -1,4 +1,4 @@
-"""DiT and U-ViT, the attention backbones that DiS is measured against, by the names of their papers.
+"""DiT and U-ViT, the attention backbones that DiS is measured against, in their papers' sizes.
 
 Letters: J tokens, D hidden size, L blocks, p patch. Nothing that trains or samples DiS uses this.
 """
@@ -104,7 +104,7 @@ def dit(
     """diffusers' DiT with learned sigma (arXiv 2212.09748); no classes become one.
 
     diffusers gives every block embedders of time and class; here they share one pair, as in the
-    paper. The class itself takes squares only, `multiply_adds` any size.
+    paper. The class itself takes squares only.
     """
     from dis_ssm.metrics.compat import declare_torchvision_operators
 

@@ -1,7 +1,8 @@
-"""dis-ssm train | sample | evaluate | encode | info | convert"""
+"""dis-ssm train | sample | evaluate | encode | info | convert | flops"""
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             "encode": encode,
             "info": info,
             "convert": convert,
+            "flops": flops,
         }
         if arguments[:1] != ["train"]:
             return tyro.extras.subcommand_cli_from_dict(commands, prog="dis-ssm", args=arguments)
@@ -413,6 +415,42 @@ def convert(
 
     convert_file(source, run, input_size=input_size)
     print(run)
+    return 0
+
+
+def flops(
+    *,
+    size: tuple[int, int] = (32, 32),
+    channels: int = 4,
+    classes: int = 1000,
+    models: tuple[str, ...] = (),
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> int:
+    """What DiS costs: the paper's Table 1, and multiply-adds by part, beside DiT's and U-ViT's.
+
+    Args:
+        size: height and width of the images or latents.
+        channels: of the images or latents.
+        classes: 0 for none.
+        models: such as DiS-H/2 DiT-XL/2 U-ViT-H/2; all if none is given.
+        json: write the counts to this file.
+        plot: draw cost against the number of tokens to this file (.png, .pdf, .svg).
+    """
+    from dis_ssm.complexity import draw, format_report, report
+
+    for path in filter(None, (json, plot)):
+        check_writable(path)
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'dis-ssm[plot]'")
+    found = report(size, channels, classes, models)
+    print(format_report(found))
+    if json:
+        write_json(json, found)
+        print(json)
+    if plot:
+        draw(found, plot)
+        print(plot)
     return 0
 
 

@@ -4,19 +4,16 @@ Letters: J tokens, D hidden size, L blocks, N state, p patch. One multiply-add i
 floating-point operations that `dis_ssm.flops` reports.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from dis_ssm.attention import DIT, PATCHES, PEERS, build, dit
-from dis_ssm.flops import count_kernels
-from dis_ssm.model import DiS_models, create_model
+from dis_ssm.flops import PARTS, Size, count, sketch
+from dis_ssm.model import DiS_models
 
-Size = tuple[int, int]  # height, width
 Quadratic = tuple[int, int, int]  # a, b, c of a + b J + c J²
 
 PUBLISHED = {  # arXiv 2402.05608, table 1: D, millions of parameters, "Gflops"
@@ -27,83 +24,17 @@ PUBLISHED = {  # arXiv 2402.05608, table 1: D, millions of parameters, "Gflops"
     "H": (1536, 900.6, 14.79),
 }
 TABLE1_PATCH, TABLE1_SIZE, TABLE1_CHANNELS = 4, (32, 32), 3  # no classes; these reproduce it
-PARTS = ("blocks", "skips", "scores", "convolutions", "scan", "rest")
 
 
-# ---- counting --------------------------------------------------------------------------------
-
-
-def multiply_adds(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> dict[str, int]:
-    """Multiply-adds of one forward pass on the meta device, by part.
-
-    blocks: matrix products inside the blocks; skips: the long skips' linear layers; scores: QKᵀ
-    and its product with V; convolutions: the depthwise ones of both directions; scan: both
-    directions, 7/2 for each token, channel and state, the exponential counted as one operation;
-    rest: patches, time, class, decoder. Elementwise operations and norms are left out.
-    """
-    special = {"dis_ssm.conv": "convolutions", "dis_ssm.scan": "scan", "aten.bmm": "scores"}
-    spent, entered = Counter(), []
-
-    def counts() -> Counter:
-        found = Counter()
-        for operator, flops in counter.get_flop_counts().get("Global", {}).items():
-            attention = "scaled_dot_product" in str(operator)
-            found[special.get(str(operator), "scores" if attention else "linear")] += flops
-        return found
-
-    def watch(module: nn.Module, part: str) -> None:
-        def leave(*_):
-            spent[part] += counts()["linear"] - entered.pop()
-
-        module.register_forward_pre_hook(lambda *_: entered.append(counts()["linear"]))
-        module.register_forward_hook(leave)
-
-    peer = hasattr(model, "transformer_blocks")
-    for block in model.transformer_blocks if peer else model.blocks:
-        watch(block, "blocks")
-        if getattr(block, "skip_linear", None) is not None:
-            watch(block.skip_linear, "skips")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _run_dit(model, x, t, y) if peer else count_kernels(model)(x, t, y)
-    found = counts()
-    found["blocks"] = spent["blocks"] - spent["skips"]
-    found["skips"] = spent["skips"]
-    found["rest"] = found["linear"] - spent["blocks"]
-    return {part: found[part] // 2 for part in PARTS}
-
-
-def _run_dit(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-    """The linear layers of diffusers' forward pass, at any size; time and class embedded once."""
-    y = torch.zeros_like(t, dtype=torch.int64) if y is None else y
-    embedders = model.transformer_blocks[0].norm1.emb
-    condition = embedders(t, y)
-    embedders.forward = lambda *arguments, **options: condition
-    h = model.pos_embed.proj(x).flatten(2).mT
-    for block in model.transformer_blocks:
-        h = block(h, timestep=t, class_labels=y)
-    model.proj_out_1(condition)
-    model.proj_out_2(h)
-
-
-def count(make: Callable[[], nn.Module], size: Size, channels: int, classes: int) -> dict:
-    """Parameters, and multiply-adds by part, of what `make` builds for such images."""
-    with torch.device("meta"):
-        model = make().eval()
-        x, t = torch.empty(1, channels, *size), torch.zeros(1)
-        y = torch.zeros(1, dtype=torch.int64) if classes else None
-        parameters = sum(p.numel() for p in model.parameters())
-        parts = multiply_adds(model, x, t, y)
-    return {"parameters": parameters, "multiply_adds": sum(parts.values()), "parts": parts}
+# ---- growth with the number of tokens -------------------------------------------------------
 
 
 def growth(
     make: Callable[[Size], nn.Module], patch: int, channels: int, classes: int
 ) -> dict[str, Quadratic]:
     """(a, b, c) of each part's multiply-adds a + b J + c J² at J patches, from three counts."""
-    at = []
-    for patches in (1, 2, 3):
-        size = patch, patch * patches
-        at.append(count(lambda size=size: make(size), size, channels, classes)["parts"])
+    sizes = [(patch, patch * patches) for patches in (1, 2, 3)]
+    at = [count(sketch(make, size), size, channels, classes)["parts"] for size in sizes]
     found = {}
     for part in PARTS:
         one, two, three = (parts[part] for parts in at)
@@ -120,20 +51,13 @@ def total(parts: dict[str, Quadratic]) -> Quadratic:
 def crossover(cheaper: Quadratic, dearer: Quadratic) -> int | None:
     """Fewest J from which on `dearer` costs more, both a + b J + c J²; None if it never does."""
     a, b, c = (d - e for d, e in zip(dearer, cheaper, strict=True))
+    square = b * b - 4 * a * c
     if (c, b, a) <= (0, 0, 0):
         return None
-
-    def beyond(j: int) -> bool:  # past the minimum, and positive
-        return a + b * j + c * j * j > 0 and b + 2 * c * j >= 0
-
-    high = 1
-    while not beyond(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if beyond(middle) else (middle, high)
-    return high
+    if (c == 0 and b == 0) or square < 0:
+        return 1
+    last = (math.isqrt(square) - b) // (2 * c) if c else -a // b
+    return 1 if last < 1 or a + b * last + c * last * last > 0 else last + 1
 
 
 # ---- the paper -------------------------------------------------------------------------------
@@ -166,19 +90,17 @@ def table1() -> dict[str, dict]:
     """Each row of the paper's Table 1 as published, and counted from our model."""
     rows, (channels, size) = {}, (TABLE1_CHANNELS, TABLE1_SIZE)
     for name, (width, parameters, gflops) in PUBLISHED.items():
-
-        def make(name=f"DiS-{name}/{TABLE1_PATCH}"):
-            return build(name, size, channels, 0)
-
-        with torch.device("meta"):
-            model = make()
-        found = count(make, size, channels, 0)
+        model = sketch(build, f"DiS-{name}/{TABLE1_PATCH}", size, channels, 0)
+        found = count(model, size, channels, 0)
         rows[name] = {
             "depth": model.depth,
             "width": {"published": width, "computed": model.hidden_size},
             "parameters": {"published": parameters * 1e6, "computed": found["parameters"]},
-            "gflops": {"published": gflops, "computed": paper_gflops(found["parts"])},
-            "multiply_adds": found["multiply_adds"],
+            "gflops": {
+                "published": gflops,
+                "computed": paper_gflops(found["parts"]),
+                "all": 2e-9 * found["multiply_adds"],
+            },
         }
     return rows
 
@@ -187,27 +109,26 @@ def layers(size: Size, patch: int, channels: int, classes: int) -> dict[str, dic
     """The paper's equations for one layer beside the multiply-adds of a counted one."""
     rows = {}
     for name in PUBLISHED:
-        with torch.device("meta"):
-            model = build(f"DiS-{name}/{patch}", size, channels, classes)
-        width, depth = model.hidden_size, model.depth
-        found = count(lambda model=model: model, size, channels, classes)["parts"]
-        found = {part: found[part] // depth for part in ("blocks", "convolutions", "scan")} | {
-            "skip": found["skips"] // (depth // 2)
-        }
-        shape = size, patch, channels, classes, 1, 1, width
-        peer = count(lambda shape=shape: dit(*shape), size, channels, classes)["parts"]
-        tokens, patches = model.pos_embed.shape[1], size[0] * size[1] // patch**2
-        rows[f"{name}, D = {width}"] = {
+        model = sketch(build, f"DiS-{name}/{patch}", size, channels, classes)
+        width, depth, tokens = model.hidden_size, model.depth, model.pos_embed.shape[1]
+        found = count(model, size, channels, classes)["parts"]
+        each = {part: found[part] // depth for part in ("blocks", "convolutions", "scan")}
+        each["skip"] = found["skips"] // (depth // 2)
+        peer = sketch(dit, size, patch, channels, classes, 1, 1, width)
+        attention = count(peer, size, channels, classes)["parts"]
+        patches = size[0] * size[1] // patch**2
+        rows[name] = {
+            "width": width,
             "attention": {
                 "tokens": patches,
                 "equation": attention_equation(patches, width),
-                "blocks": peer["blocks"],
-                "scores": peer["scores"],
+                "blocks": attention["blocks"],
+                "scores": attention["scores"],
             },
             "ssm": {
                 "tokens": tokens,
                 "equation": ssm_equation(tokens, width, model.config["d_state"]),
-                **found,
+                **each,
             },
         }
     return rows
@@ -216,8 +137,7 @@ def layers(size: Size, patch: int, channels: int, classes: int) -> dict[str, dic
 def against_attention(patch: int, channels: int, classes: int) -> dict[str, dict]:
     """Cost against tokens of DiS-H, of DiT-XL, and of a DiT of DiT-XL's depth and DiS-H's width."""
     name, (depth, heads, _) = f"DiS-H/{patch}", DIT["XL"]
-    with torch.device("meta"):
-        width = create_model(name, input_size=patch).hidden_size
+    width = sketch(build, name, (patch, patch), channels, classes).hidden_size
     shapes = {
         "DiT-XL": DIT["XL"],
         f"DiT-XL of width {width}": (depth, heads, width // heads),
@@ -267,9 +187,8 @@ def report(
     names = models or [name for name in every if int(name.rpartition("/")[2]) in patches]
     made = {}
     for name in names:
-        made[name] = count(
-            lambda name=name: build(name, size, channels, classes), size, channels, classes
-        )
+        model = sketch(build, name, size, channels, classes)
+        made[name] = count(model, size, channels, classes)
     return {
         "settings": {"size": list(size), "channels": channels, "classes": classes},
         "table1": table1(),
@@ -284,89 +203,87 @@ def report(
 
 def format_report(found: dict) -> str:
     """The report as tables."""
-    settings, lines = found["settings"], []
+    settings, layers = found["settings"], found["layers"]
     shape = f"{settings['channels']}x{settings['size'][0]}x{settings['size'][1]}"
     classes = f"{settings['classes']:,} classes" if settings["classes"] else "no classes"
-    lines += [
-        f"Table 1 of the paper: {TABLE1_CHANNELS}x{TABLE1_SIZE[0]}x{TABLE1_SIZE[1]} images, patch "
-        f"{TABLE1_PATCH}, no classes, learned sigma. The paper's Gflops are twice the multiply-adds",
-        "of what a module-wise counter sees; every mixer is missed. The last column counts all.",
-        "",
-    ]
-    header = (
-        "",
-        "L",
-        "D",
-        "",
-        "parameters, M",
-        "",
-        "Gflops, paper's convention",
-        "",
-        "G mult.-adds",
+    setting1 = f"{TABLE1_CHANNELS}x{TABLE1_SIZE[0]}x{TABLE1_SIZE[1]}, patch {TABLE1_PATCH}"
+    return "\n".join(
+        [
+            f"The paper's Table 1, {setting1}, no classes, learned sigma",
+            "",
+            *_table1(found["table1"]),
+            "",
+            "The paper's Gflops are twice the multiply-adds of the modules that are called, and",
+            "miss every mixer; the last column has them, in the same unit.",
+            "",
+            f"G multiply-adds of one forward pass, {shape}, {classes}",
+            "",
+            *_models(found["models"]),
+            "",
+            "blocks, skips, rest: linear layers and the patch convolution; scores: QKᵀ and its",
+            "product with V; convolutions: depthwise, both directions; scan: both directions, 7/2",
+            "for each token, channel and state. Norms and elementwise operations are left out.",
+            "",
+            f"One layer, patch {layers['patch']}, G multiply-adds: the paper's equations (5), (6) "
+            f"and what is counted",
+            "",
+            *_layers(layers["rows"]),
+            "",
+            "(5) leaves out the MLP, 8JD², and the modulation. (6) leaves out all linear layers of",
+            "the mixer, about 6.5JD², the convolutions and the second direction; its JN² is for a",
+            "dense state matrix, while the model's is diagonal.",
+            "",
+            *_crossovers(found["against_attention"]),
+        ]
     )
-    names = ("", "", *("published", "computed") * 3, "counted")
-    rows = [
-        (
-            name,
-            row["depth"],
-            *row["width"].values(),
-            f"{row['parameters']['published'] / 1e6:.1f}",
-            f"{row['parameters']['computed'] / 1e6:.3f}",
-            f"{row['gflops']['published']:.2f}",
-            f"{row['gflops']['computed']:.2f}",
-            _giga(row["multiply_adds"]),
-        )
-        for name, row in found["table1"].items()
-    ]
-    lines += _table(header, names, *rows)
-    lines += ["", f"G multiply-adds of one forward pass, {shape}, {classes}", ""]
-    header = ("", "parameters, M", "all", *PARTS)
-    lines += _table(
-        header,
-        *(
+
+
+def _table1(rows: dict) -> list[str]:
+    header = ("model", "L", "D published", "computed", "M parameters published", "computed")
+    header += ("Gflops published", "computed", "with the mixers")
+    cells = []
+    for name, row in rows.items():
+        parameters, gflops = row["parameters"], row["gflops"]
+        cells.append(
             (
                 name,
-                f"{row['parameters'] / 1e6:.2f}",
-                _giga(row["multiply_adds"]),
-                *(_giga(row["parts"][part]) if row["parts"][part] else "-" for part in PARTS),
+                row["depth"],
+                *(row["width"][key] for key in ("published", "computed")),
+                f"{parameters['published'] / 1e6:.1f}",
+                f"{parameters['computed'] / 1e6:.3f}",
+                *(f"{gflops[key]:.2f}" for key in ("published", "computed", "all")),
             )
-            for name, row in found["models"].items()
-        ),
-    )
-    lines += [
-        "",
-        "blocks, skips, rest: linear layers and the patch convolution; scores: QK' and its product",
-        "with V; convolutions: depthwise, both directions; scan: both directions, 7/2 for each",
-        "token, channel and state. Norms and elementwise operations are left out.",
-        "",
-        f"One layer, patch {found['layers']['patch']}: the paper's equations (5), (6) beside "
-        f"counted layers, G multiply-adds",
-        "",
-    ]
-    rows = [
-        (
-            name,
-            row["attention"]["tokens"],
-            *(_giga(row["attention"][key]) for key in ("equation", "blocks", "scores")),
-            row["ssm"]["tokens"],
-            *(_giga(row["ssm"][k]) for k in ("equation", "blocks", "convolutions", "scan", "skip")),
         )
-        for name, row in found["layers"]["rows"].items()
-    ]
-    lines += _table(
-        ("", "J", "4JD²+2J²D", "DiT: linear", "scores")
-        + ("J", "6JDN+2JDN²", "DiS: linear", "conv.", "scan", "skip"),
-        *rows,
-    )
-    lines += [
-        "",
-        "(5) leaves out the MLP, 8JD², and the modulation. (6) leaves out all linear layers of the",
-        "mixer, about 6.5JD², the convolutions and the second direction, and its JN² would be that",
-        "of a dense state matrix: the model's is diagonal. A DiS layer has no MLP, so DiS is deeper.",
-        "",
-        *_crossovers(found["against_attention"]),
-    ]
-    return "\n".join(lines)
+    return _table(header, *cells)
+
+
+def _models(rows: dict) -> list[str]:
+    cells = []
+    for name, row in rows.items():
+        parts = (_giga(row["parts"][part]) if row["parts"][part] else "-" for part in PARTS)
+        parameters = f"{row['parameters'] / 1e6:.2f}"
+        cells.append((name, parameters, _giga(row["multiply_adds"]), *parts))
+    return _table(("model", "M parameters", "all", *PARTS), *cells)
+
+
+def _layers(rows: dict) -> list[str]:
+    header = ("DiT layer", "J", "4JD²+2J²D", "linear", "scores")
+    header += ("DiS layer", "J", "6JDN+2JDN²", "linear", "convolutions", "scan", "skip linear")
+    cells = []
+    for name, row in rows.items():
+        attention, ssm = row["attention"], row["ssm"]
+        keys = ("equation", "blocks", "convolutions", "scan", "skip")
+        cells.append(
+            (
+                f"D = {row['width']}",
+                attention["tokens"],
+                *(_giga(attention[key]) for key in ("equation", "blocks", "scores")),
+                name,
+                ssm["tokens"],
+                *(_giga(ssm[key]) for key in keys),
+            )
+        )
+    return _table(header, *cells)
 
 
 def _crossovers(found: dict) -> list[str]:
@@ -378,9 +295,9 @@ def _crossovers(found: dict) -> list[str]:
         since, half = row["dearer_from"], row["scores_half_from"]
         side = found["patch"] * since**0.5
         lines.append(
-            f"  {name}: costs more than DiS-H from J = {since:,} on ({side:.0f}x{side:.0f} latents "
-            f"or pixels); its scores are over half of it from J = {half:,} on"
+            f"  {name}: costs more than DiS-H from J = {since:,} on, {side:.0f}x{side:.0f} latents;"
         )
+        lines.append(f"    its scores are over half of its cost from J = {half:,} on")
     return lines
 
 

@@ -1,10 +1,13 @@
 """What a model costs, counted from the model itself: floating-point operations and memory."""
 
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dis_ssm.batches import open_run
@@ -12,6 +15,11 @@ from dis_ssm.config import Config, build_model, pick_device, to_toml
 from dis_ssm.distributed import World
 from dis_ssm.mixer import BiMamba, FusedMixer
 from dis_ssm.optimizer import parameter_groups
+
+Size = tuple[int, int]  # height, width
+
+SPECIAL = {"dis_ssm.conv": "convolutions", "dis_ssm.scan": "scan", "aten.bmm": "scores"}
+PARTS = ("blocks", "skips", "scores", "convolutions", "scan", "rest")
 
 TRAINING_PASSES = 3  # a backward pass costs two forward ones
 STATE_BYTES = {"weights": 4, "gradients": 4, "average": 4, "AdamW": 8}  # per parameter
@@ -147,3 +155,101 @@ def _inputs(config: Config, device: str, n: int) -> tuple[Tensor, Tensor, Tensor
     x = torch.empty(n, model.in_channels, *model.input_size, device=device)
     y = torch.zeros(n, dtype=torch.int64, device=device) if model.num_classes else None
     return x, torch.zeros(n, device=device), y
+
+
+# ---- by part, of DiS and of its peers ------------------------------------------------------
+
+
+def multiply_adds(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> dict[str, int]:
+    """Multiply-adds of one forward pass on the meta device, by part; the model is used up.
+
+    blocks: matrix products inside the blocks; skips: the long skips' linear layers; scores: QKᵀ
+    and its product with V; convolutions: the depthwise ones of both directions; scan: both
+    directions, 7/2 for each token, channel and state, the exponential counted as one operation;
+    rest: patches, time, class, decoder. Elementwise operations and norms are left out.
+    """
+    known, spent = {}, Counter()
+    peer = hasattr(model, "transformer_blocks")
+    blocks = model.transformer_blocks if peer else count_kernels(model).blocks
+    embedders = blocks[0].norm1.emb if peer else None
+    for i, block in enumerate(blocks):
+        blocks[i] = _Once(block, known, spent)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _run_dit(model, embedders, x, t, y) if peer else model(x, t, y)
+    everything = _by_part(counter)
+    spent["rest"] = everything["blocks"] - sum(
+        cost["blocks"] + cost["skips"] for _, cost in known.values()
+    )
+    return {part: spent[part] // 2 for part in PARTS}
+
+
+class _Once(nn.Module):
+    """A block that runs only if none with parameters of the same shapes has run: it costs the same
+    and, on the meta device, returns the same."""
+
+    def __init__(self, block: nn.Module, known: dict, spent: Counter):
+        super().__init__()
+        self.block, self.known, self.spent = block, known, spent
+
+    def forward(self, *arguments, **options):
+        shapes = tuple(p.shape for p in self.block.parameters())
+        if shapes not in self.known:
+            with FlopCounterMode(display=False) as counter:
+                out = self.block(*arguments, **options)
+            self.known[shapes] = out, _by_part(counter, f"{type(self.block).__name__}.skip_linear")
+        out, cost = self.known[shapes]
+        self.spent.update(cost)
+        return out
+
+
+def _by_part(counter: FlopCounterMode, skip: str = "") -> Counter:
+    """FLOPs of the parts; all linear layers are "blocks", but for the module named `skip`."""
+    counts, found = counter.get_flop_counts(), Counter()
+    for operator, flops in counts.get("Global", {}).items():
+        attention = "scaled_dot_product" in str(operator)
+        found[SPECIAL.get(str(operator), "scores" if attention else "blocks")] += flops
+    found["skips"] = sum(counts.get(skip, {}).values())
+    found["blocks"] -= found["skips"]
+    return found
+
+
+def _run_dit(
+    model: nn.Module, embedders: nn.Module, x: Tensor, t: Tensor, y: Tensor | None
+) -> None:
+    """The linear layers of diffusers' forward pass, at any size; time and class embedded once."""
+    y = torch.zeros_like(t, dtype=torch.int64) if y is None else y
+    condition = embedders(t, y)
+    embedders.forward = lambda *arguments, **options: condition
+    h = model.pos_embed.proj(x).flatten(2).mT
+    for block in model.transformer_blocks:
+        h = block(h, timestep=t, class_labels=y)
+    model.proj_out_1(condition)
+    model.proj_out_2(h)
+
+
+class _Unset(TorchFunctionMode):
+    """Models are made on the meta device, where drawing their parameters only takes time."""
+
+    DRAWS = ("uniform_", "normal_", "zeros_", "ones_", "trunc_normal_", "constant_")
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        name = getattr(function, "__name__", "")
+        if name.endswith(self.DRAWS) and (arguments or options):
+            return arguments[0] if arguments else options["tensor"]
+        return function(*arguments, **(options or {}))
+
+
+def sketch(make: Callable[..., nn.Module], *arguments) -> nn.Module:
+    """`make(*arguments)`, on the meta device and without values."""
+    with torch.device("meta"), _Unset():
+        return make(*arguments).eval()
+
+
+def count(model: nn.Module, size: Size, channels: int, classes: int) -> dict:
+    """Parameters of a :func:`sketch`, and multiply-adds by part; the model is used up."""
+    with torch.device("meta"):
+        x, t = torch.empty(1, channels, *size), torch.zeros(1)
+        y = torch.zeros(1, dtype=torch.int64) if classes else None
+        parameters = sum(p.numel() for p in model.parameters())
+        parts = multiply_adds(model, x, t, y)
+    return {"parameters": parameters, "multiply_adds": sum(parts.values()), "parts": parts}

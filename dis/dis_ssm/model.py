@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dis_ssm.mixer import BiMamba, Direction
+from dis_ssm.ops.norm import add_rms_norm
 
 SKIPS = ("concat", "add", "none")
 TIME_CONDITIONINGS = ("token", "adaln")
@@ -35,15 +36,15 @@ def timestep_features(t: Tensor, dim: int, dtype: torch.dtype, max_period: float
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight, computed in float32 or wider, over the last axis."""
+    """The residual stream, once h is added to it, and its normalised value: `add_rms_norm`."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+    def forward(self, h: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(h, residual, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -81,12 +82,13 @@ class Block(nn.Module):
             if keep is None:
                 keep = h.new_empty(h.shape[0]).bernoulli_(kept)
             h = h * keep[:, None, None].to(h.dtype) / kept
-        wide = torch.promote_types(h.dtype, torch.float32)
-        residual = h.to(wide) if residual is None else residual + h
-        normed = self.norm(residual)
-        if self.modulation is not None:
+        if self.modulation is None:
+            normed, residual = self.norm(h, residual)
+        else:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            residual = h.to(wide) if residual is None else residual + h
             scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
-            normed = scale * normed + shift
+            normed = scale * self.norm(residual) + shift
         return self.mixer(normed.to(self.mixer.in_proj.weight.dtype)), residual
 
 
@@ -99,8 +101,9 @@ class Decoder(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim) if conditional else None
         self.linear = nn.Linear(dim, out_features)
 
-    def forward(self, residual: Tensor, condition: Tensor | None) -> Tensor:
-        h = F.layer_norm(self.norm(residual), residual.shape[-1:], eps=1e-6)
+    def forward(self, h: Tensor, residual: Tensor, condition: Tensor | None) -> Tensor:
+        normed, _ = self.norm(h, residual)
+        h = F.layer_norm(normed, normed.shape[-1:], eps=1e-6)
         if self.modulation is not None:
             shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
             h = h * (1 + scale) + shift
@@ -279,7 +282,7 @@ class DiS(nn.Module):
             h, residual = step(h, residual, skip, condition, spared)
             if i < half:
                 skips.append(h)
-        h = self.decoder(residual + h, condition)[:, self.num_condition_tokens :]
+        h = self.decoder(h, residual, condition)[:, self.num_condition_tokens :]
         p, (height, width) = self.patch_size, self.input_size
         return rearrange(
             h, "b (h w) (p q c) -> b c (h p) (w q)", h=height // p, w=width // p, p=p, q=p

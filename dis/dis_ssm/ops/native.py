@@ -137,8 +137,10 @@ def library() -> ctypes.CDLL:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendError(f"cannot load {path}: {error}; delete it to rebuild") from None
-    for function in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
-        getattr(lib, f"dis_ssm_{function}").argtypes = [ctypes.c_void_p, ctypes.c_int]
+    for name in ("scan", "conv", "norm"):
+        for direction in ("forward", "backward"):
+            function = getattr(lib, f"dis_ssm_{name}_{direction}")
+            function.argtypes = [ctypes.c_void_p, ctypes.c_int]
     lib.dis_ssm_exp2.argtypes = [ctypes.c_void_p, *(ctypes.c_int64, ctypes.c_float, ctypes.c_int64)]
     lib.dis_ssm_chunk.restype = ctypes.c_int64
     return lib
@@ -246,4 +248,13 @@ class Conv(ctypes.Structure):
         ("direction", ConvDirection * 2),
         ("x", Rows),
         *_pointers("dx"),
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [
+        *_integers("rows", "width"),
+        ("eps", ctypes.c_float),
+        *_pointers("h", "residual", "weight", "stream", "normed", "rstd"),
+        *_pointers("dnormed", "dstream", "dx", "dweight"),
     ]

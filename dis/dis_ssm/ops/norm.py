@@ -1,0 +1,98 @@
+"""Residual addition and RMS normalisation, as every block of a Mamba stack begins."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_ssm.ops import native
+from dis_ssm.ops.backend import no_second_derivative, select
+
+
+def add_rms_norm(
+    h: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    r"""The residual stream and its normalised value (Zhang & Sennrich 2019, eq. 4).
+
+    .. math:: stream = residual + h, \quad normed = stream · weight / \sqrt{mean(stream²) + eps}
+
+    Args:
+        h: (..., D). residual: like h, float32 or wider; None for zero. weight: (D,).
+
+    Returns:
+        normed, stream, both (..., D) in float32 or wider. One native pass each way on the CPU;
+        plain PyTorch elsewhere, where it has a fused kernel, and in a compiled graph.
+    """
+    inputs = (h, weight) if residual is None else (h, residual, weight)
+    narrow = all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in inputs)
+    if narrow and not torch.compiler.is_compiling() and select(None, *inputs) == "cpu":
+        normed, stream, _ = norm_op(h, residual, weight, eps)
+        return normed, stream
+    return add_rms_norm_reference(h, residual, weight, eps)
+
+
+def add_rms_norm_reference(h, residual, weight, eps=1e-5) -> tuple[Tensor, Tensor]:
+    """:func:`add_rms_norm` in plain PyTorch: any device, any floating dtype."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    stream = h.to(wide) if residual is None else residual + h
+    return F.rms_norm(stream, stream.shape[-1:], weight.to(stream.dtype), eps), stream
+
+
+@torch.library.custom_op("dis_ssm::norm", mutates_args=(), device_types="cpu")
+def norm_op(h: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
+    """normed, stream and rstd (...,), float32."""
+    held = [None if t is None else t.float().contiguous() for t in (h, residual, weight)]
+    normed, stream = (torch.empty(h.shape, dtype=torch.float32) for _ in range(2))
+    rstd = torch.empty(h.shape[:-1], dtype=torch.float32)
+    call = native.Norm(rstd.numel(), h.shape[-1], eps, *map(native.pointer, held))
+    call.stream, call.normed, call.rstd = map(native.pointer, (stream, normed, rstd))
+    native.run("norm_forward", call)
+    return [normed, stream, rstd]
+
+
+@norm_op.register_fake
+def _(h, residual, weight, eps):
+    full = (h.new_empty(h.shape, dtype=torch.float32) for _ in range(2))
+    return [*full, h.new_empty(h.shape[:-1], dtype=torch.float32)]
+
+
+@torch.library.custom_op("dis_ssm::norm_backward", mutates_args=(), device_types="cpu")
+def norm_backward_op(
+    dnormed: Tensor, dstream: Tensor | None, stream: Tensor, rstd: Tensor, weight: Tensor
+) -> list[Tensor]:
+    """The gradient of h and of residual, which is the same, and that of weight; float32."""
+    grads = [None if t is None else t.float().contiguous() for t in (dnormed, dstream)]
+    weight = weight.float().contiguous()
+    dx, dweight = torch.empty_like(stream), torch.empty_like(weight)
+    call = native.Norm(rstd.numel(), stream.shape[-1], weight=native.pointer(weight))
+    call.stream, call.rstd = native.pointer(stream), native.pointer(rstd)
+    call.dnormed, call.dstream = map(native.pointer, grads)
+    call.dx, call.dweight = native.pointer(dx), native.pointer(dweight)
+    native.run("norm_backward", call)
+    return [dx, dweight]
+
+
+@norm_backward_op.register_fake
+def _(dnormed, dstream, stream, rstd, weight):
+    return [torch.empty_like(stream), weight.new_empty(weight.shape, dtype=torch.float32)]
+
+
+def _setup_context(ctx, inputs, output):
+    h, residual, weight, _ = inputs
+    _, stream, rstd = output
+    ctx.dtypes = h.dtype, None if residual is None else residual.dtype, weight.dtype
+    ctx.save_for_backward(stream, rstd, weight)
+
+
+def _backward(ctx, grads):
+    dnormed, dstream, _ = grads
+    stream, rstd, weight = ctx.saved_tensors
+    dnormed = torch.zeros_like(stream) if dnormed is None else dnormed
+    dx, dweight = norm_backward_op(dnormed, dstream, stream, rstd, weight)
+    h, residual, kind = ctx.dtypes
+    return dx.to(h), None if residual is None else dx.to(residual), dweight.to(kind), None
+
+
+norm_op.register_autograd(_backward, setup_context=_setup_context)
+norm_backward_op.register_autograd(no_second_derivative)
