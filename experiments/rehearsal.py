@@ -1,6 +1,6 @@
 """The whole ImageNet recipe, small and real, on two CPU processes; `make rehearsal` runs it.
 
-    python experiments/rehearsal.py [--out runs/rehearsal] [--steps 300] [--vae-steps 300]
+    python experiments/rehearsal.py [--out runs/rehearsal] [--steps 300] [--vae-steps 200]
 
 Photographs that scikit-image and scikit-learn carry -> crops in class folders -> a small
 AutoencoderKL trained on them -> `dis-ssm encode` -> a latent DiS under FSDP2, killed with SIGKILL
@@ -68,7 +68,7 @@ def train_vae(images: Path, folder: Path, steps: int) -> float:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 48),
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/rehearsal"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--vae-steps", type=int, default=300)
+    parser.add_argument("--vae-steps", type=int, default=200)
     options = parser.parse_args()
     started, out = time.perf_counter(), options.out
     photos, vae, cache, model = (out / name for name in ("photos", "vae", "latents", "run"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_ssm import DiS
+from dis_ssm import DiS, attention
 from dis_ssm.mixer import BiMamba
 from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
 
@@ -417,6 +417,82 @@ def test_the_fused_mixer_keeps_less(load, native, monkeypatch):
     fused = load("step").kept_bytes(model, *inputs)
     monkeypatch.setattr(BiMamba, "forward", BiMamba.op_by_op)
     assert 0 < fused < 0.7 * load("step").kept_bytes(model, *inputs)
+
+
+def test_memory_rises_and_falls(load):
+    """x is there before; a and b live together, then b and c, a last result alone."""
+    x = torch.randn(1 << 20)
+
+    def run():
+        a = x * 2
+        b = torch.cat([a, a])
+        del a
+        b.sum()
+        c = b[: 1 << 19] * 2
+        del b, c
+        x.neg()
+
+    assert load("throughput").rise(run, CPU) == pytest.approx(3 * 4 << 20, rel=1e-3)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The three families under their own names, in next to no time."""
+    dis = partial(DiS, patch_size=2, hidden_size=16, depth=3)
+    monkeypatch.setitem(attention.DiS_models, "DiS-S/2", dis)
+    monkeypatch.setitem(attention.PEERS, "DiT-S/2", ("DiT", 2, (2, 1, 8)))
+    monkeypatch.setitem(attention.PEERS, "U-ViT-S/2", ("U-ViT", 2, (3, 2, 8)))
+
+
+def test_throughput_from_end_to_end(load, native, small, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out, throughput = tmp_path / "t.json", load("throughput")
+    options = f"--sizes 4 8 --tokens 8 --rounds 1 --threads 1 --device cpu --out {out}"
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options.split()])
+    throughput.main()
+    report = json.loads(out.read_text())
+    assert {"command", "date", "commit", "device", "versions"} <= report.keys()
+    assert out.with_suffix(".png").stat().st_size
+    for size, batch in ((4, 2), (8, 1)):
+        costs = report["G multiply-adds"][f"{size}x{size}"]
+        training, sampling = (report[f"{m}, {size}x{size} latents"] for m in throughput.MODES)
+        assert list(training) == list(sampling) == list(costs) == list(throughput.MODELS)
+        for name in throughput.MODELS:
+            model = attention.build(name, (size, size), 4, 1000)
+            weights = sum(p.numel() for p in model.parameters()) * 4e-9
+            assert training[name]["peak GB"] > 3.9 * weights > sampling[name]["peak GB"] > 0
+            for row in (training[name], sampling[name]):
+                rate = batch * 1e3 / row["ms"]
+                assert row["batch"] == batch and row["images/s"] == pytest.approx(rate, rel=1e-2)
+    titles = [title for title, _, _ in load("plots").panels(report)]
+    assert len(titles) == 4
+
+
+def test_one_contender_may_fail(load, native, small, monkeypatch):
+    throughput, report = load("throughput"), {}
+
+    def fail(self, *inputs):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(attention.UViT, "forward", fail)
+    throughput.compare(report, list(throughput.MODELS), 4, 1, 1, CPU)
+    for rows in report.values():
+        assert rows["U-ViT-S/2"] == {"left out": "RuntimeError: out of memory"}
+        assert rows["DiS-S/2"]["ratio"] == 1 and rows["DiT-S/2"]["images/s"] > 0
+
+
+def test_what_a_contender_holds(load, native, small):
+    model = attention.build("U-ViT-S/2", (4, 4), 4, 1000)
+    contender = load("throughput").Contender(model, 4, 2, CPU, torch.float32)
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    before = next(model.parameters()).clone()
+    contender.runs("training")()
+    assert not torch.equal(before, next(model.parameters()))
+    steps = 4 * len(list(model.parameters()))  # AdamW counts each parameter's
+    assert contender.held_bytes() == 4 * weights + steps
+    before = next(model.parameters()).clone()
+    contender.runs("sampling")()
+    assert contender.held_bytes() == weights and torch.equal(before, next(model.parameters()))
 
 
 def test_plots(load, tmp_path):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from dis_ssm.attention import DIT, PATCHES, PEERS, build, dit
+from dis_ssm.attention import DIT, PATCHES, PEERS, build
 from dis_ssm.flops import PARTS, Size, count, sketch
+from dis_ssm.hf import dit
 from dis_ssm.model import DiS_models
 
 Quadratic = tuple[int, int, int]  # a, b, c of a + b J + c J²

@@ -1,4 +1,4 @@
-"""The only door to diffusers' model classes: loading an AutoencoderKL and telling two apart.
+"""The only door to diffusers' model classes: AutoencoderKL, and DiT to compare with.
 
 diffusers is imported inside the functions, because that takes seconds.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from dis_ssm.metrics.compat import declare_torchvision_operators
 
@@ -86,3 +87,35 @@ def vae_hash(vae: "AutoencoderKL") -> dict[str, str]:
             flat = tensor.detach().cpu().contiguous().flatten()
             weights.update(flat.view(torch.uint8).numpy())
     return {"config": hashlib.sha256(text.encode()).hexdigest(), "weights": weights.hexdigest()}
+
+
+def dit(
+    input_size: tuple[int, int],
+    patch_size: int,
+    in_channels: int,
+    num_classes: int,
+    depth: int,
+    heads: int,
+    head_width: int,
+) -> nn.Module:
+    """diffusers' DiT with learned sigma (arXiv 2212.09748); no classes become one.
+
+    diffusers gives every block embedders of time and class; here they share one pair, as in the
+    paper. The class itself takes squares only.
+    """
+    declare_torchvision_operators()
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        in_channels=in_channels,
+        out_channels=2 * in_channels,
+        num_layers=depth,
+        sample_size=max(input_size),
+        patch_size=patch_size,
+        num_embeds_ada_norm=max(num_classes, 1),
+    )
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb = model.transformer_blocks[0].norm1.emb
+    return model
