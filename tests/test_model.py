@@ -475,7 +475,7 @@ def norm_inputs(model):
     for name, module in model.named_modules():
         if "norm" in name.split(".")[-1] and not list(module.children()):
             module.register_forward_hook(
-                lambda m, args, out: seen.append((out[1] if isinstance(out, tuple) else args[0]).dtype)
+                lambda m, args, out: seen.append((out if torch.is_tensor(out) else out[1]).dtype)
             )
     return seen
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -51,7 +52,8 @@ steps = 3
 """
 
 RANK = """
-import os, sys, time
+import os, signal, sys, time
+signal.alarm(150)  # should the test be killed
 out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.dup2(out, 1), os.dup2(out, 2)
 os.environ.update(environment)
@@ -232,10 +234,9 @@ def test_kills_at_random_moments(uninterrupted, tmp_path, parallel):
     committed = []
     for victims in ([0], [1], [0, 1], [1], [0, 1], [0]):
         ranks = Ranks(run, 2, parallel)
-        # a rank that dies before all have met is torchrun's to notice
-        least = len(lines_so_far(run)) + chance.randrange(len(victims) == 1, 6)
-        ranks.wait_for(lambda n=min(least, STEPS): len(lines_so_far(run)) >= n)
-        time.sleep(chance.uniform(0, 0.1))
+        if len(victims) == 1:  # one that dies before all have met is torchrun's to notice
+            ranks.wait_for(lambda r=ranks: "parameters" in r.said)
+        time.sleep(chance.uniform(0, 1.5))
         ranks.send(signal.SIGKILL, victims)
         codes = ranks.ended(within=GRACE)
         assert all(codes[rank] in (0, -signal.SIGKILL) for rank in victims), ranks.said
@@ -383,7 +384,8 @@ def test_damaged_shards_give_way_to_the_checkpoint_before(
     assert len(shards) == (2 if parallel == "fsdp" else 1)
     damage(shards[-1], how)
     said = finish(run, 2, parallel)
-    assert said.count("dis-ssm: warning") == 1 and shards[-1].name in said, said
+    (warning,) = [line for line in said.splitlines() if "trying the checkpoint before" in line]
+    assert shards[-1].name in warning
     assert f"steps {SAVES} to {STEPS}" in said
     assert_same(run, expected)
 
@@ -413,7 +415,7 @@ updated = train.Trainer.update
 def update(self, *arguments):
     found = updated(self, *arguments)
     total = sum(p.detach().double().sum() for p in self.model.parameters())
-    print("weights", self.step, float(train.whole(total)), flush=True)
+    os.write(1, b"\\nweights %d %r\\n" % (self.step, float(train.whole(total))))
     return found
 train.Trainer.update = update
 """
@@ -426,7 +428,8 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, parallel):
     for victim, run in enumerate(runs):
         ranks = Ranks(run, 2, parallel, faults=POISON.format(victim=victim, steps=[3, 4, 7]))
         assert ranks.ended() == [0, 0], ranks.said
-        said = sorted(line for line in ranks.said.splitlines() if line.startswith("weights "))
+        # one write each, or the ranks tear each other's lines
+        said = sorted(re.findall(r"weights \d+ \S+", ranks.said))
         assert len(said) == 2 * STEPS and said[::2] == said[1::2]  # the ranks agree
         log = lines(run)
         assert [line["nonfinite"] for line in log] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3]
@@ -523,7 +526,7 @@ def test_sigterm_while_drawing(uninterrupted, tmp_path, told, flags):
     ranks.wait_for(ranks.marker.exists)
     time.sleep(0.2)
     ranks.send(signal.SIGTERM, told)
-    assert ranks.ended(within=8) == [0, 0], ranks.said
+    assert ranks.ended(within=12) == [0, 0], ranks.said
     assert steps(run) == [SAVES]
     assert not list(run.glob("s*/*-000005*"))
     finish(run, 2, "ddp", *flags)
