@@ -31,6 +31,7 @@ from dis_ssm.images import to_model_space
 from dis_ssm.metrics.compat import declare_torchvision_operators
 
 SIDE, CROPS, PROCESSES = 64, 128, 2
+PATIENCE = 900  # seconds
 CONFIG = Path(__file__).parent / "configs" / "rehearsal.toml"
 FAMILIAR = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 
@@ -99,7 +100,7 @@ def dis_ssm(*arguments, processes: int = 1) -> list[str]:
     """The command line of `dis-ssm arguments`, on so many processes."""
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*start, "-m", "dis_ssm", "--", *map(str, arguments)]
 
 
@@ -115,7 +116,9 @@ def train_and_kill(*arguments, run_folder: Path, after: int) -> int:
     print("+", *command[1:], flush=True)
     launcher = subprocess.Popen(command)
     marker = run_folder / "checkpoints" / f"{after:08d}" / "COMPLETE"
+    deadline = time.monotonic() + PATIENCE
     while not marker.exists():
+        check(time.monotonic() < deadline, f"no checkpoint in {PATIENCE} s")
         check(launcher.poll() is None, f"training ended by itself: {launcher.returncode}")
         time.sleep(0.1)
     time.sleep(1)  # into the steps after it, which are lost
@@ -158,7 +161,8 @@ def main() -> None:
     half = options.steps // 2
     settings = [CONFIG, "--data.source", cache, "--out", model, "--train.steps", options.steps]
     settings += ["--train.save-every", half]
-    train_and_kill("train", *settings, run_folder=model, after=half)
+    last = train_and_kill("train", *settings, run_folder=model, after=half)
+    check(last > half, "no step was lost, so the kill proved nothing")
     run("train", *settings, processes=PROCESSES)
     log = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in log]

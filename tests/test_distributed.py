@@ -21,10 +21,10 @@ from dis_ssm.checkpoint import complete_checkpoints, load_model, read_part, read
 from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, TrainConfig, to_toml
 from dis_ssm.train import PARTS, train
 
-TIMES = ("images_per_second", "seconds", "tflops", "mfu", "memory_gb", "data_wait")
+TIMES = ("images_per_second", "seconds", "tflops", "mfu", "memory_gb", "data_wait", "eta_hours")
 STEPS, SAVES = 6, 3
-# Sums over the batch are taken in another order: of the loss, of the largest weight.
-TOLERANCE = 2e-4
+# Relative for the log, five times that for weights; found: 2e-7 and 1e-7. Only the order of sums differs.
+TOLERANCE = 2e-6
 
 WORKER = """
 import os, pickle, signal, sys, traceback, warnings
@@ -165,8 +165,8 @@ VARIANTS = {
     "checkpointing": {"grad_checkpointing": True},
     "bf16": {"precision": "bf16"},
 }
-# bf16 keeps 8 bits, and what it rounds is a little different where the batch is
-TOLERANCES = {"bf16": 2e-2}
+# bf16 keeps 8 bits, and rounds sums that are a little different; found: 4e-4 in the log, 2e-3 in weights
+TOLERANCES = {"bf16": 2e-3}
 
 
 @pytest.fixture(scope="session")
@@ -292,10 +292,10 @@ def test_a_checkpoint_continues_at_another_width(worlds, trained, tmp_path, sour
     assert abs(picture(run) - picture(trained(*source))).max() <= 1
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_resume_at_the_same_width_is_exact(worlds, trained, tmp_path, parallel):
-    run = continued(worlds, tmp_path / "run", trained(2, parallel), 2, parallel)
-    assert_equal(run, trained(2, parallel))
+@pytest.mark.parametrize("size, parallel", [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
+def test_resume_at_the_same_width_is_exact(worlds, trained, tmp_path, size, parallel):
+    run = continued(worlds, tmp_path / "run", trained(size, parallel), size, parallel)
+    assert_equal(run, trained(size, parallel))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

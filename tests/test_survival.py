@@ -26,7 +26,7 @@ from dis_ssm.train import PARTS
 
 STEPS, SAVES = 10, 5
 GRACE = 30  # seconds that a scheduler leaves between SIGTERM and SIGKILL
-TIMES = ("images_per_second", "seconds", "tflops", "mfu", "memory_gb", "data_wait")
+TIMES = ("images_per_second", "seconds", "tflops", "mfu", "memory_gb", "data_wait", "eta_hours")
 CONFIG = f"""
 [model]
 hidden_size = 16
@@ -584,7 +584,7 @@ def test_torchrun_restarts_what_was_lost(uninterrupted, tmp_path):
     torchrun = Torchrun(run, "--max-restarts", "1", parallel="fsdp")
     wait_for(lambda: len(lines_so_far(run)) > SAVES, 90, lambda: torchrun.said)
     os.kill(torchrun.workers()[1], signal.SIGKILL)
-    assert torchrun.ended() == 0, torchrun.said
+    assert torchrun.ended(within=150) == 0, torchrun.said
     assert_same(run, uninterrupted(2, "fsdp"))
 
 

@@ -39,7 +39,7 @@ from dis_ssm.preview import Painter
 from dis_ssm.runs import exclusive, truncate_log
 from dis_ssm.train import PARTS, Trainer, train
 
-TIMES = ("images_per_second", "seconds", "tflops", "memory_gb", "data_wait")
+TIMES = ("images_per_second", "seconds", "tflops", "memory_gb", "data_wait", "eta_hours")
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,8 @@ def save_checkpoint(
                     | {"versions": versions(), "trainer": state, "files": files},
                 )
                 _write(draft / COMPLETE, _sha256(draft / STATE) + "\n")
-                _sync(draft)
+                for part in {(draft / name).parent for name in names} | {draft}:
+                    _sync(part)
                 _rename(draft, folder)
     finally:
         if world.main:
@@ -100,9 +101,9 @@ def save_checkpoint(
     if world.main:
         steps = _step_folders(run)
         for abandoned in steps[steps.index(folder) + 1 :]:
-            shutil.rmtree(abandoned)
+            _discard(abandoned)
         for old in complete_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            _discard(old)
     return folder
 
 
@@ -318,7 +319,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     if path.is_dir():
@@ -328,6 +329,14 @@ def check_writable(path: Path) -> None:
 def _step_folders(run: Path) -> list[Path]:
     folders = (run / "checkpoints").glob("*")
     return sorted((f for f in folders if f.name.isdecimal()), key=lambda f: int(f.name))
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint at one stroke; `clean_drafts` ends what a kill interrupts."""
+    gone = folder.with_name(f"{DRAFT}old-{folder.name}")
+    with contextlib.suppress(OSError):
+        os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -150,7 +150,9 @@ def sample(
     if out:
         check_format(out)
     with join_world(device) as world:
-        folder, checkpoint = locate(run)
+        with world.together():
+            found = locate(run)
+        folder, checkpoint = world.gather(found)[0]  # one for all, should the run be in training
         artist = open_artist(
             checkpoint,
             weights=weights,

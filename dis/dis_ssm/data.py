@@ -370,6 +370,10 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f"need n, batch_size >= 1 and step >= 0, got {n}, {batch_size}, {step}")
     start = step * batch_size
-    epochs = range(start // n, (start + batch_size - 1) // n + 1)
-    order = torch.cat([_epoch_order(n, seed, epoch) for epoch in epochs])
-    return order[start - epochs[0] * n :][:batch_size].clone()
+    stop = start + batch_size
+    epochs = range(start // n, (stop - 1) // n + 1)
+    orders = (
+        _epoch_order(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
+        for epoch in epochs
+    )
+    return torch.cat(list(orders))

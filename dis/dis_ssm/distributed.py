@@ -99,16 +99,15 @@ def join_world(device: str | None = None) -> Iterator[World]:
         rank = dist.get_rank() if dist.is_initialized() else 0
         yield World(pick_device(device), rank, size)
         return
-    if (device or "cuda") == "cuda" and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if (device or "cuda").startswith("cuda") and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     found = pick_device(device)
     backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield World(found, dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
+    yield World(found, dist.get_rank(), size)
+    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for us
 
 
 def spread(model: nn.Module, world: World, parallel: str) -> Callable:

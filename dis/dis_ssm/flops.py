@@ -89,15 +89,16 @@ def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
 
 
 def training_memory(config: Config) -> tuple[int, int]:
-    """Bytes of one process that trains alone: of the model's state, and kept for each image."""
+    """Bytes of one process that trains alone: all that does not grow with the batch (the model's
+    state, and casts of weights that autograd keeps), and what it keeps for each image."""
     with FakeTensorMode():
         model = build_model(config).train()
         model.set_grad_checkpointing(config.train.grad_checkpointing)
         half = config.train.precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             one, two = (kept_bytes(model, *_inputs(config, "cpu", n)) for n in (1, 2))
-    parameters = sum(p.numel() for p in model.parameters())
-    return sum(STATE_BYTES.values()) * parameters, two - one
+    state = sum(STATE_BYTES.values()) * sum(p.numel() for p in model.parameters())
+    return state + 2 * one - two, two - one
 
 
 def describe(config: Config) -> str:

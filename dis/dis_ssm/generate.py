@@ -7,6 +7,7 @@ they were made. Until all are there, finished batches lie in the folder NAME.par
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -113,10 +114,14 @@ def generate(
     """Draw samples 0 to num - 1 in batches of `batch_size` and write `out` (.npz).
 
     Called by all ranks; each takes batches in turn. `plan`, plain data, is everything that the
-    samples depend on: parts of another plan are refused with ValueError. With `png` each image is
-    written to the folder NAME too.
+    samples depend on: parts of another plan are refused with ValueError, and a set of the same plan
+    is left as it is. With `png` each image is written to the folder NAME too.
     """
-    parts, pictures = out.with_suffix(".parts"), out.with_suffix("")
+    parts, pictures, record = (out.with_suffix(s) for s in (".parts", "", ".json"))
+    with world.together():
+        same = out.exists() and record.exists() and json.loads(record.read_text()) == _plain(plan)
+    if world.gather(same)[0]:
+        return
     batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
     with world.together():
         if world.main:
@@ -137,11 +142,13 @@ def generate(
                         _write_pictures(pictures if png else None, indices, images)
                     with drafted(_part(parts, turn[world.rank])) as draft, draft.open("wb") as file:
                         np.save(file, images.contiguous().numpy())
+                        file.flush()
+                        os.fsync(file.fileno())
             bar.update(sum(len(batches[k]) for k in turn))
     with world.together():
         if world.main:
             _assemble(out, parts, len(batches), num, labels)
-            write_json(out.with_suffix(".json"), plan)
+            write_json(record, plan)
             shutil.rmtree(parts)
 
 
@@ -151,7 +158,7 @@ def _begin(parts: Path, plan: dict[str, Any]) -> None:
         parts.mkdir(parents=True, exist_ok=True)
         write_json(path, plan)
         return
-    found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(plan))
+    found, wanted = json.loads(path.read_text(encoding="utf-8")), _plain(plan)
     changed = [
         f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in {**found, **wanted}
@@ -162,6 +169,11 @@ def _begin(parts: Path, plan: dict[str, Any]) -> None:
             f"{parts} holds samples drawn with other settings ({'; '.join(changed)}): give those "
             f"again to finish them, remove the folder, or give another --out"
         )
+
+
+def _plain(plan: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(plan))
 
 
 def _part(parts: Path, k: int) -> Path:

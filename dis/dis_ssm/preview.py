@@ -39,6 +39,7 @@ class Painter:
         self.vae = None
         if isinstance(dataset, LatentDataset):
             name = config.data.vae or cached_vae(config.data.source)
+            name = world.gather(name)[0]
             if name:
                 channels = config.model.in_channels
                 self.vae = load_decoder(name, config.data.source, channels, world.device)
@@ -58,8 +59,9 @@ class Painter:
         world, model = self.world, self.config.model
         averages = ema.whole()
         labels, _ = label_columns(num, list(range(model.num_classes)))
-        share = world.share(num)
-        labels = None if labels is None else labels[share]
+        share = range(num)[world.share(num)]
+        drawn = share or range(1)  # a rank without a share draws one image for nobody
+        labels = None if labels is None else labels[drawn.start : drawn.stop]
 
         def look_up() -> None:
             if stop.received:
@@ -67,7 +69,7 @@ class Painter:
 
         images = None
         try:
-            images = self._draw(averages, range(num)[share], labels, settings, look_up)
+            images = self._draw(averages, drawn, labels, settings, look_up)[: len(share)]
         except Stopped:
             pass
         if not all(world.gather(images is not None)):
@@ -77,8 +79,8 @@ class Painter:
     def _draw(self, averages, indices, labels, settings, callback) -> Tensor:
         with torch.device("meta"):
             model = build_model(self.config)
-        model = model.to_empty(device=self.world.device).eval().requires_grad_(False)
-        model.load_state_dict(averages)
+        model.load_state_dict(averages, assign=True)
+        model.eval().requires_grad_(False)
         shape = (model.in_channels, *model.input_size)
         half = self.config.train.precision == "bf16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=half):
@@ -114,6 +116,12 @@ class Scorer:
         device = self.world.device
         self.extractor = open_extractor(settings.extractor, weights=settings.weights, device=device)
         self.reference = self._reference(dataset)
+        found = self._features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+        if found != len(self.reference.mean):
+            raise ValueError(
+                f"score.reference {settings.reference} has {len(self.reference.mean)} features, "
+                f"{settings.extractor} {found}: give statistics of the same extractor"
+            )
 
     def score(self, ema: EMA, stop: StopSignal) -> dict[str, float | int | str]:
         """The distance of `score.num` samples, on every rank. Raises Stopped."""
@@ -122,8 +130,8 @@ class Scorer:
         settings = self.config.score
         drawing = dataclasses.replace(self.config.sample, num=settings.num)
         images = self.painter.draw(ema, settings.num, drawing, stop)
-        own = [self._features(part) for part in images.split(CHUNK)]
-        features = torch.cat(self.world.gather(torch.cat(own)))
+        own = [self._features(part) for part in images.split(CHUNK) if len(part)]
+        features = torch.cat([part for parts in self.world.gather(own) for part in parts])
         found = FeatureStatistics().update(features)
         return {
             "frechet_distance": self.reference.distance(Gaussian(found.mean, found.cov())),

@@ -1,6 +1,7 @@
 """What surrounds training: one process per run folder, its log, the signals that end it."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +50,17 @@ def _lock(file, run: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"{run} is being trained by another process") from error
+        raise ValueError(f"{run} is in use by another process") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        warnings.warn(
+            f"{run}: this file system has no locks; start one run at a time", stacklevel=2
+        )
 
 
 class StopSignal:
-    """`received` is the first SIGTERM or SIGINT inside the `with`; the second acts as usual.
+    """`received` is the first SIGTERM or SIGINT inside the `with`; a second SIGINT acts as usual.
 
     Outside the main thread, where signals cannot be caught, it stays None.
     """
@@ -71,8 +79,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
-        self.received = number
-        signal.signal(number, self._previous[number])
+        self.received = self.received or number
+        if number == signal.SIGINT:  # only people insist; schedulers say SIGTERM more than once
+            signal.signal(number, self._previous[number])
 
 
 class RunLog:
@@ -82,9 +91,10 @@ class RunLog:
     (before clipping) and loss_q1 ... loss_q4 (by quarter of the timesteps) over the steps that were
     finite, null without any; lr; images per second of training, over all processes; tflops, the
     operations of the model per second in 10^12, and mfu, their share of the devices' peak, null
-    where that is unknown; data_wait, the share of time spent waiting for data; memory_gb, the most
-    that the main process has held; epoch; nonfinite, the steps skipped so far; seconds of training
-    so far. Lines beyond `step`, which a killed process had written, are removed.
+    where that is unknown; memory_gb, the most that the main process has held; data_wait, the share
+    of its time spent waiting for data; eta_hours, what is left at this rate; epoch; nonfinite, the
+    steps skipped so far; seconds of training so far. Lines beyond `step`, which a killed process
+    had written, are removed.
 
     Only the `main` process writes; the others keep the same sums for the checkpoints.
     """
@@ -141,9 +151,15 @@ class RunLog:
             self.meter[name] = self.meter.get(name, 0) + value
 
     def write(
-        self, step: int, epoch: float, lr: float, nonfinite: int, names: Iterable[str]
+        self,
+        step: int,
+        epoch: float,
+        lr: float,
+        nonfinite: int,
+        remaining: int,
+        names: Iterable[str],
     ) -> dict[str, Any]:
-        """Write the line of `step`, start new means, and return the line."""
+        """Write the line of `step`, start new means, and return the line; `remaining` images."""
         meter = self.meter
         line = {"step": step}
         for name in names:
@@ -152,6 +168,7 @@ class RunLog:
         rate = meter["images"] / meter["interval"]
         line |= {"lr": lr, "images_per_second": round(rate, 2), **self.gauge.read(rate)}
         line |= {"data_wait": round(meter["waited"] / meter["interval"], 4)}
+        line |= {"eta_hours": round(remaining / rate / 3600, 4)}
         line |= {"epoch": round(epoch, 4), "nonfinite": nonfinite}
         line["seconds"] = round(meter["seconds"], 3)
         self.meter = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": meter["seconds"]}

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dis_ssm.batches import Batch, Source, batches, derive_seed, open_run
 from dis_ssm.checkpoint import (
     clean_drafts,
+    complete_checkpoints,
     load_part,
     newest_intact,
     optimizer_tensors,
@@ -34,6 +37,7 @@ from dis_ssm.config import (
     Config,
     build_diffusion,
     build_model,
+    depth_of,
     differences,
     from_dict,
     pick_device,
@@ -48,6 +52,7 @@ from dis_ssm.runs import Gauge, RunLog, StopSignal, exclusive, preview_path, sco
 
 PARTS = ("model", "ema", "optimizer")
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
+SHOWN = ("loss", "images_per_second", "mfu", "grad_norm", "memory_gb", "data_wait")  # in the bar
 LOGGED = ("loss", "mse", "vb", "grad_norm", *(f"loss_q{i + 1}" for i in range(QUARTERS)))
 
 
@@ -115,19 +120,38 @@ class Trainer:
             )
         torch.manual_seed(derive_seed("weights", settings.seed))
         self.model = build_model(config)
-        if settings.init:
+        if settings.init and not world.gather(complete_checkpoints(config.out))[0]:
             start_from(self.model, settings.init)
         self.model.to(self.device).train()
         self.model.class_dropout_prob = 0.0  # `read_batch` has dropped the labels
         self.model.set_grad_checkpointing(settings.grad_checkpointing)
+        torch.backends.cudnn.deterministic = True
         sharded = world.size > 1 and settings.parallel == "fsdp"
-        if settings.compile:
-            for module in self.model.blocks if sharded else [self.model]:
-                module.compile()
+        if settings.compile and sharded:
+            for block in self.model.blocks:
+                block.compile()
         self.forward = spread(self.model, world, settings.parallel)
+        if settings.compile and not sharded:
+            self.forward.compile()
         self.diffusion = build_diffusion(config)
         self.ema = EMA(self.model, settings.ema_decay, settings.ema_warmup)
         self.optimizer = build_optimizer(self.model, settings)
+        if isinstance(self.forward, DistributedDataParallel):
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """DDP orders its buckets, and with them its sums, after a first backward pass: an idle one
+        before step 0 lets a resumed run sum as one that never stopped."""
+        config, device = self.config, self.device
+        n = config.train.batch_size // self.world.size
+        n = min(n, config.train.micro_batch_size or n)
+        x = torch.zeros(n, config.model.in_channels, *config.model.input_size, device=device)
+        t = torch.zeros(n, dtype=torch.int64, device=device)
+        keep = torch.ones(depth_of(config), n, dtype=torch.bool, device=device)
+        drops = config.model.drop_path > 0
+        y = t if config.model.num_classes else None
+        (0 * self.predict(x, t, y, keep if drops else None).sum()).backward()
+        self.optimizer.zero_grad()
 
     def update(self, batch: Batch, stop: int | None = None) -> dict[str, float]:
         """One step on the mean loss of the global batch; skipped and counted unless all is finite.
@@ -144,10 +168,10 @@ class Trainer:
         means["grad_norm"] = norm
         values = torch.stack([mean.float() for mean in means.values()]) / world.size
         received = [float(stop or 0) if rank == world.rank else 0.0 for rank in range(world.size)]
-        signals = torch.tensor(received, device=self.device)
-        totals = world.sum(torch.cat([values, quarters.flatten(), signals])).tolist()
-        values, totals = totals[: len(means)], totals[len(means) :]
-        self.stopped_by = int(max(totals[2 * QUARTERS :])) or None
+        parts = [values, *quarters, torch.tensor(received, device=self.device)]
+        summed = world.sum(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        values, sums, counts, signals = (part.tolist() for part in summed)
+        self.stopped_by = int(max(signals)) or None
         if all(map(math.isfinite, values)):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, settings)
@@ -159,9 +183,9 @@ class Trainer:
             self.nonfinite_in_a_row += 1
         self.step += 1
         metrics = dict(zip(means, values, strict=True))
-        for i, (total, n) in enumerate(zip(totals, totals[QUARTERS : 2 * QUARTERS], strict=False)):
+        for i, (total, n) in enumerate(zip(sums, counts, strict=True), 1):
             if n:
-                metrics[f"loss_q{i + 1}"] = total / n
+                metrics[f"loss_q{i}"] = total / n
         return metrics
 
     def accumulate(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -183,15 +207,20 @@ class Trainer:
                 shares["loss"].backward()
             for name, share in shares.items():
                 means[name] = means.get(name, 0) + share.detach()
-            quarter = part.t * QUARTERS // self.diffusion.num_steps
+            quarter = F.one_hot(part.t * QUARTERS // self.diffusion.num_steps, QUARTERS).float()
             loss = losses["loss"].detach().float()
-            quarters.index_add_(1, quarter, torch.stack([loss, torch.ones_like(loss)]))
+            quarters += torch.stack([loss, torch.ones_like(loss)]) @ quarter
         return means, quarters
 
     def predict(self, x: Tensor, t: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
         half = self.config.train.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        # each weight is used once a pass: a cache of casts would only hold memory
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             return self.forward(x, t, y, keep)
+
+    def received(self, stop: StopSignal) -> int | None:
+        """The signal that any rank has received."""
+        return max(number or 0 for number in self.world.gather(stop.received)) or None
 
     def reached(self, every: int) -> bool:
         """Whether the step is a multiple of `every`, 0 being never, or the last."""
@@ -253,8 +282,9 @@ def _announce(trainer: Trainer, images: int, visible: bool) -> None:
 
 def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     """Restore the newest intact checkpoint, if any; the log's running sums."""
-    if trainer.world.main:
-        clean_drafts(run)
+    with trainer.world.together():
+        if trainer.world.main:
+            clean_drafts(run)
     found = newest_intact(run, PARTS, trainer.world)
     if found is None:
         return {}
@@ -290,6 +320,11 @@ def _train(
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
         disable=not world.main,
     )
+
+    def save() -> None:
+        log.sync()
+        trainer.save(log.meter, len(dataset))
+
     stream = batches(config, dataset, trainer.step, world)
     with bar, contextlib.closing(stream):
         clock = time.perf_counter()
@@ -300,24 +335,26 @@ def _train(
             if trainer.reached(settings.log_every):
                 epoch = trainer.step * settings.batch_size / len(dataset)
                 rate = learning_rate(trainer.step - 1, settings)
-                line = log.write(trainer.step, epoch, rate, trainer.nonfinite, LOGGED)
-                bar.set_postfix({"loss": line["loss"]}, refresh=False)
+                remaining = (settings.steps - trainer.step) * settings.batch_size
+                line = log.write(trainer.step, epoch, rate, trainer.nonfinite, remaining, LOGGED)
+                bar.set_postfix({name: line[name] for name in SHOWN}, refresh=False)
             bar.update()
             diverged = trainer.nonfinite_in_a_row >= settings.max_nonfinite
             saves = trainer.reached(settings.save_every) or diverged or trainer.stopped_by
             if saves:
-                log.sync()
-                trainer.save(log.meter, len(dataset))
+                save()
             if diverged:
                 raise FloatingPointError(
                     f"loss or gradient not finite in {trainer.nonfinite_in_a_row} steps in a row; "
                     f"step {trainer.step} is saved in {config.out}. Start a new run with a "
                     f"train.lr below {settings.lr}"
                 )
+            if saves and not trainer.stopped_by:  # a signal may have come while saving
+                trainer.stopped_by = trainer.received(stop)
             if not trainer.stopped_by:
                 show()
                 if trainer.stopped_by and not saves:
-                    trainer.save(log.meter, len(dataset))
+                    save()
             if trainer.stopped_by:
                 return
             clock = time.perf_counter()
@@ -334,7 +371,7 @@ def _show(
         if scores:
             log.score(trainer.step, scorer.score(trainer.ema, stop))
     except Stopped:
-        trainer.stopped_by = max(signal or 0 for signal in trainer.world.gather(stop.received))
+        trainer.stopped_by = trainer.received(stop)
 
 
 def _due(trainer: Trainer, painter: Painter, scorer: Scorer | None) -> tuple[bool, bool]:

@@ -4,9 +4,9 @@
 # The latents and the reference are those of imagenet512.sh.
 set -euo pipefail
 launch() { torchrun --standalone --nproc-per-node "${GPUS:-8}" -m dis_ssm -- "$@"; }
-vae=${VAE:-stabilityai/sd-vae-ft-ema} run=runs/imagenet512-finetune
+vae=${VAE:-stabilityai/sd-vae-ft-ema} run=${RUN:-runs/imagenet512-finetune}
 
-launch train imagenet512-finetune --train.init runs/imagenet256 --data.vae "$vae" "$@"
+launch train imagenet512-finetune --out $run --train.init "${INIT:-runs/imagenet256}" --data.vae "$vae" "$@"
 launch sample $run --num 50000 --labels random --cfg-scale 1.5 --sampler ddpm --steps 250 \
     --batch-size 16 --precision bf16 --vae "$vae" --out $run/fid50k-cfg-1.5.npz
 launch evaluate $run/fid50k-cfg-1.5.npz data/VIRTUAL_imagenet512.npz
