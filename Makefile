@@ -7,13 +7,17 @@ READY := $(VENV)/.ready
 # Idle threads sleep instead of spinning: several times faster when the cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test rehearsal lint clean
+.PHONY: demo test survival rehearsal lint clean
 
 # Trains, samples and scores a small DiS; run again, it resumes or says that it is done.
 demo: $(READY)
 	$(BIN)/dis-ssm train experiments/configs/$(DATA).toml --out runs/$(DATA)
 	$(BIN)/dis-ssm sample runs/$(DATA)
 	$(BIN)/dis-ssm evaluate runs/$(DATA)
+
+# Training on many processes: the same result at any width, and after every kind of fault.
+survival: $(READY)
+	$(BIN)/python -m pytest -m "distributed and not slow"
 
 # The ImageNet recipe in small: photographs, VAE, latents, two processes, a kill, samples.
 rehearsal: $(READY)

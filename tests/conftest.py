@@ -1,6 +1,6 @@
 """Shared fixtures: seeds, threads, inputs of the scan, and which tests need a compiler or minutes.
 
-Tests marked `slow` run only when a marker expression is given (`pytest -m slow`).
+Tests marked `slow` or `distributed` run only when a marker expression is given (`pytest -m slow`).
 """
 
 import os
@@ -13,10 +13,10 @@ import torch
 def pytest_collection_modifyitems(config, items):
     if config.option.markexpr:
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    apart = [item for item in items if any(map(item.get_closest_marker, ("slow", "distributed")))]
+    if apart:
+        config.hook.pytest_deselected(items=apart)
+        items[:] = [item for item in items if item not in apart]
 
 
 @pytest.fixture(autouse=True)

@@ -75,9 +75,12 @@ sys.exit(cli.main(arguments))
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["dis_ssm.train", "dis_ssm.cli", "sklearn.datasets"])
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(signal, "SIGKILL") or sys.platform == "darwin", reason="needs Linux"
-)
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        not hasattr(signal, "SIGKILL") or sys.platform == "darwin", reason="needs Linux"
+    ),
+]
 
 
 def free_port():
