@@ -8,7 +8,7 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,17 +19,19 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
 from harness import RESULTS, processor, record, write
 
+from dis_ssm.batches import open_run
 from dis_ssm.checkpoint import write_json
-from dis_ssm.config import Config, build_model, differences, load_config, to_dict
+from dis_ssm.config import Config, build_model, differences, load_config, pick_device, to_dict
 from dis_ssm.data import epoch_order, open_dataset
-from dis_ssm.distributed import join_world
 from dis_ssm.flops import forward_flops
 from dis_ssm.images import save_images
+from dis_ssm.metrics import evaluate_samples
 from dis_ssm.runs import score_path
 from dis_ssm.train import train
 
 __all__ = ["RESULTS", "write", "write_json"]
 
+RECORD = "record.json"
 DECIDED = 2  # a difference counts when it exceeds so many of its standard errors
 
 
@@ -43,18 +45,20 @@ class Options:
     seeds: int = 3  # runs of each variant, from train.seed on; sample.seed is the same number
     threads: int = 1  # of the CPU
     list: bool = False  # print the command of each run, one a line, and do nothing
-    launcher: str = "dis-ssm"  # of these commands; "torchrun --nproc-per-node 8 -m dis_ssm"
+    launcher: str = "dis-ssm"  # of these commands: "torchrun --nproc-per-node 8 -m dis_ssm --"
     collect: bool = False  # train nothing, take the runs that are there
+    base: Annotated[str | None, tyro.conf.Suppress] = None  # the configuration's name, if optional
 
 
 Chosen = TypeVar("Chosen", bound=Options)
 
 
 def parse(default: Chosen, doc: str, arguments: Sequence[str] | None = None) -> Chosen:
-    """Options from a command line: [CONFIG] [flags], flags over `default`."""
+    """Options from a command line: flags over `default`, after a CONFIG if it has a `base`."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
-    if rest and not rest[0].startswith("-"):
-        default = dataclasses.replace(default, config=load_config(rest.pop(0)))
+    if default.base and rest and not rest[0].startswith("-"):
+        default = dataclasses.replace(default, config=load_config(rest[0]), base=rest[0])
+        del rest[0]
     options = tyro.cli(type(default), default=default, args=rest, description=doc)
     if options.seeds < 1:
         raise ValueError(f"seeds is {options.seeds}: give 1 or more")
@@ -62,6 +66,14 @@ def parse(default: Chosen, doc: str, arguments: Sequence[str] | None = None) -> 
         raise ValueError("score.every is 0: say how often the runs are scored")
     torch.set_num_threads(options.threads)
     return options
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; one line on stderr for what the user can mend."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from error
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
@@ -102,24 +114,32 @@ def command(config: Config, base: str, launcher: str) -> str:
 
 
 def train_all(runs: Iterable[Config]) -> None:
-    """Train each run that is not finished, continue the one that was killed."""
+    """Train each run that is not finished, continue the one that was killed.
+
+    RUN/record.json says by what it was finished: command, commit, hardware, versions, date.
+    """
     runs = list(runs)
+    now = made_by(runs[0])
     for number, config in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}]", end=" ", flush=True)
+        if is_that(config.out, open_run(config)[0]):
+            print(f"{config.out} is done")
+            continue
         outcome = train(config)
         if outcome.stopped_by:
             raise SystemExit(128 + outcome.stopped_by)
+        if not (path := config.out / RECORD).exists():
+            write_json(path, now)
 
 
-def identical(config: Config, folders: Iterable[Path]) -> Path | None:
-    """A finished run in `folders` that is trained, drawn and scored as `config`, a resolved one."""
-    for folder in folders:
-        for path in sorted(folder.glob("*/config.json")):
-            saved = load_config(path)
-            scored = (saved.sample, saved.score) == (config.sample, config.score)
-            if scored and not differences(saved, config) and _finished(path.parent, saved):
-                return path.parent
-    return None
+def is_that(run: Path, config: Config) -> bool:
+    """Whether `run` is finished and was trained, drawn and scored as `config`, a resolved one."""
+    path = run / "config.json"
+    if not path.exists():
+        return False
+    saved = load_config(path)
+    scored = (saved.sample, saved.score) == (config.sample, config.score)
+    return scored and not differences(saved, config) and _finished(run, saved)
 
 
 def _finished(run: Path, config: Config) -> bool:
@@ -130,7 +150,8 @@ def summarise(runs: Iterable[Config]) -> dict[str, Any] | None:
     """Size, cost and distances of the finished ones of `runs`, which differ in their seeds.
 
     "runs" holds the distances of each seed at "steps", "mean" and "stderr" the mean over seeds and
-    its standard error (None for one seed). None when no run is finished.
+    its standard error (None for one seed); "mse" is the training loss of the last tenth of the
+    steps. None when no run is finished.
     """
     finished = [config for config in runs if _finished(config.out, config)]
     if not finished:
@@ -144,8 +165,9 @@ def summarise(runs: Iterable[Config]) -> dict[str, Any] | None:
     return {
         "parameters": parameters,
         "gflops": sum(forward_flops(resolved).values()) / 1e9,
-        "folders": {str(config.train.seed): str(config.out) for config in finished},
-        "training seconds": {str(c.train.seed): _last_line(c.out)["seconds"] for c in finished},
+        "made": {str(config.train.seed): _record(config.out) for config in finished},
+        "training seconds": {str(c.train.seed): _log(c.out)[-1]["seconds"] for c in finished},
+        "mse": {str(config.train.seed): _final_mse(config) for config in finished},
         "steps": steps,
         "runs": {str(seed): [curve[step] for step in steps] for seed, curve in curves.items()},
         "mean": [mean for mean, _ in across],
@@ -189,9 +211,8 @@ def compare(better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
     return {"gain": gain, "stderr": error, "verdict": verdict}
 
 
-def metric(config: Config) -> str:
+def metric(extractor: str) -> str:
     """The name of the distance: only Inception's may be called FID."""
-    extractor = config.score.extractor
     return "FID" if extractor == "inception" else f"FD-{extractor}"
 
 
@@ -199,36 +220,64 @@ def protocol(config: Config) -> dict[str, Any]:
     """What the distances depend on, besides the model."""
     drawing = {name: getattr(config.sample, name) for name in ("sampler", "steps", "cfg_scale")}
     scoring = to_dict(config)["score"]
-    return {"metric": metric(config), **scoring, **drawing, "weights": "ema"}
+    return {"metric": metric(config.score.extractor), **scoring, **drawing, "weights": "ema"}
+
+
+def made_by(config: Config) -> dict[str, Any]:
+    """Command, commit, hardware, versions and date of this process."""
+    device = pick_device(config.train.device)
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else processor()
+    return record(name) | {"threads": torch.get_num_threads()}
 
 
 def about(config: Config) -> dict[str, Any]:
-    """Command, commit, hardware, versions, date, and the settings that all runs share."""
-    with join_world(config.train.device) as world:
-        gpu = world.device.type == "cuda"
-        device = torch.cuda.get_device_name(world.device) if gpu else processor()
-    threads = {"threads": torch.get_num_threads()}
-    return record(device) | threads | {"score": protocol(config), "config": to_dict(config)}
+    """`made_by` and the settings that all runs share."""
+    return made_by(config) | {"score": protocol(config), "config": to_dict(config)}
 
 
-def save_heldout(source: str, path: Path) -> None:
-    """Write the held-out images of `source` to `path` (.npz), unless they are there."""
-    if not path.exists():
-        dataset = open_dataset(source, "heldout")
-        save_images(*dataset.batch(range(len(dataset))), path)
+def save_training(config: Config, num: int, path: Path) -> None:
+    """Write `num` images that a run trains on, a fixed random choice, to `path` (.npz)."""
+    dataset = open_dataset(config.data.source, "train", config.data.image_size)
+    if num > len(dataset):
+        raise ValueError(f"{config.data.source} has {len(dataset)} training images, not {num}")
+    save_images(*dataset.batch(epoch_order(len(dataset), seed=0, epoch=0)[:num]), path)
 
 
-def save_training(source: str, num: int, path: Path) -> None:
-    """Write `num` training images of `source`, a fixed random choice, to `path` (.npz)."""
-    if not path.exists():
-        dataset = open_dataset(source, "train")
-        if num > len(dataset):
-            raise ValueError(f"{source} has {len(dataset)} training images, not {num}")
-        save_images(*dataset.batch(epoch_order(len(dataset), seed=0, epoch=0)[:num]), path)
+def floor(config: Config, path: Path) -> float:
+    """The distance of as many training images, written to `path`, to the reference of [score]."""
+    score = config.score
+    save_training(config, score.num, path)
+    report = evaluate_samples(
+        path,
+        score.reference or config.data.source,
+        extractor=score.extractor,
+        weights=score.weights,
+        split=score.split,
+        image_size=config.data.image_size,
+        confidence=False,
+    )
+    return next(iter(report["scores"].values()))["value"]
+
+
+def plain_numbers(axis: Any) -> None:
+    """Labels of a logarithmic axis as 2, 3, not 2 x 10^0."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def caption(report: dict[str, Any]) -> str:
     return f"{report['device']}, commit {report['commit']}, {report['date']}"
+
+
+def header(report: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> str:
+    """By what the numbers were made, as markdown; `rows` are summaries of runs."""
+    commits = {str(made["commit"]) for row in rows for made in row["made"].values()}
+    trained = f"; runs trained at {', '.join(sorted(commits))}" if commits else ""
+    return (
+        f"`{report['command']}`, commit {report['commit']}{trained}; {report['device']}, "
+        f"{report['threads']} thread(s), {report['date']}."
+    )
 
 
 def with_error(mean: float, error: float | None) -> str:
@@ -241,8 +290,20 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([head, "|" + "---|" + "---:|" * (len(rows[0]) - 1), *body])
 
 
-def _last_line(run: Path) -> dict[str, Any]:
-    return json.loads((run / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+def _record(run: Path) -> dict[str, Any]:
+    path = run / RECORD
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {"run": str(run)} | {key: known.get(key) for key in ("commit", "date", "device")}
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def _final_mse(config: Config) -> float:
+    """The mean of the training loss, without its variational part, over the last tenth of steps."""
+    lines = [line for line in _log(config.out) if line["step"] > 0.9 * config.train.steps]
+    return statistics.fmean(line["mse"] for line in lines if line["mse"] is not None)
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_a_finding_repeats_only_if_each_step_does(load, finals, verdict):
     assert f"3 {finals[0]}.000 ± 0.100" in found["sentence"]
     if finals == (3, 1, 2):
         assert "5 is 2.000 ± 0.141 below 3, as in the paper" in found["sentence"]
-        assert "9 is 1.000 ± 0.141 above 5, against it" in found["sentence"]
+        assert "9 is 1.000 ± 0.141 above 5, against the paper" in found["sentence"]
 
 
 def test_listed_commands_make_the_same_configurations(study):
@@ -120,8 +120,8 @@ def test_listed_commands_make_the_same_configurations(study):
         train={"betas": (0.8, 0.95), "compile": True, "micro_batch_size": None},
         sample={"cfg_interval": (10.0, 500.0)},
     )
-    line = study.command(config, "imagenet256", "torchrun --nproc-per-node 8 -m dis_ssm")
-    start = "torchrun --nproc-per-node 8 -m dis_ssm train imagenet256 "
+    line = study.command(config, "imagenet256", "torchrun --nproc-per-node 8 -m dis_ssm --")
+    start = "torchrun --nproc-per-node 8 -m dis_ssm -- train imagenet256 "
     assert line.startswith(start)
     assert parsed(line.removeprefix(start)) == config
 
@@ -186,6 +186,8 @@ def test_ablations_report_what_the_runs_scored(ablated):
     for seed in ("0", "1"):
         images = drawn_again(folder / "runs" / f"base-{seed}", 12)
         assert base["runs"][seed][-1] == pytest.approx(distance_to_heldout(images), rel=1e-4)
+    last = json.loads((folder / "runs" / "base-1" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 4 and base["mse"]["1"] == last["mse"]
     first, second = base["runs"].values()
     assert first != second
     assert base["mean"] == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
@@ -209,6 +211,15 @@ def test_scores_of_other_settings_are_refused(ablated):
         ablations.main([*flags, "--seeds", "0"])
     with pytest.raises(ValueError, match=r"score.every is 0"):
         ablations.main([*flags, "--score.every", "0"])
+
+
+def test_a_run_is_another_when_a_setting_differs(study, ablated):
+    run = ablated[1] / "runs" / "base-0"
+    same = load_config(run / "config.json")
+    assert study.is_that(run, same)
+    others = [{"train": {"lr": 1e-3}}, {"sample": {"steps": 3}}, {"score": {"split": "train"}}]
+    assert not any(study.is_that(run, study.change(same, **other)) for other in others)
+    assert not study.is_that(run.parent, same)
 
 
 def test_scaling_reuses_the_runs_that_are_there(load, ablated):

@@ -5,7 +5,10 @@ MASTER_PORT), each process is a rank of one `World`; started alone, it is a worl
 nothing here communicates.
 """
 
+import gc
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,9 +109,38 @@ def join_world(device: str | None = None) -> Iterator[World]:
         torch.cuda.set_device(device)
     found = pick_device(device)
     backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    yield World(found, dist.get_rank(), size)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = _unwritten(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    yield World(found, rank, size)
+    gc.collect()  # DDP must let go of the group first: ending it there can dead-lock with gloo
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for us
+
+
+def _unwritten(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that no process before us has written to.
+
+    torchrun keeps one store over its restarts, in which gloo would find the addresses of processes
+    that are gone. Rank 0 opens a new turn; the others follow until they are named in it.
+    """
+    name, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    joined = None
+    if rank == 0:
+        turn = store.add("dis_ssm/turn", 1)
+        keys = [f"dis_ssm/{turn}/{other}" for other in range(1, size)]
+        store.wait(keys, TIMEOUT)
+        store.set(f"dis_ssm/{turn}/all", b" ".join(map(store.get, keys)))
+        return dist.PrefixStore(f"dis_ssm/{turn}", store)
+    while time.monotonic() < deadline:
+        turn = store.add("dis_ssm/turn", 0)
+        if turn != joined:
+            store.set(f"dis_ssm/{turn}/{rank}", name)
+            joined = turn
+        everyone = f"dis_ssm/{turn}/all"
+        if store.check([everyone]) and name in store.get(everyone).decode().split():
+            return dist.PrefixStore(f"dis_ssm/{turn}", store)
+        time.sleep(0.02)
+    raise TimeoutError(f"rank 0 was not found in {TIMEOUT}")
 
 
 def spread(model: nn.Module, world: World, parallel: str) -> Callable:

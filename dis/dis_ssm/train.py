@@ -75,7 +75,12 @@ def train(config: Config) -> Outcome:
     data or the saved run, FloatingPointError after `max_nonfinite` non-finite steps in a row (the
     state is saved first), CheckpointError when no checkpoint is intact.
     """
-    with join_world(config.train.device) as world, contextlib.ExitStack() as stack:
+    with join_world(config.train.device) as world:
+        return _run(config, world)
+
+
+def _run(config: Config, world: World) -> Outcome:
+    with contextlib.ExitStack() as stack:
         config, dataset = open_run(config)
         trainer = Trainer(config, world)  # before the folder is made: what is refused leaves none
         painter = Painter(config, dataset, world)
