@@ -36,11 +36,13 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process (`rank` of `size`) and its device. Every method is called by all ranks."""
+    """This process (`rank` of `size`) and its device. All ranks call its methods together, but for
+    `call` and `heard`."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    store: dist.Store | None = None
 
     @property
     def main(self) -> bool:
@@ -51,8 +53,14 @@ class World:
         """This rank's part of n items: consecutive parts, of sizes that differ by 1 at most."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
-    def barrier(self) -> None:
-        self.gather(None)
+    def call(self, word: str) -> None:
+        """Say `word` to all ranks, whatever they are doing. For one rank alone to call."""
+        if self.store:
+            self.store.set(word, "")
+
+    def heard(self, word: str) -> bool:
+        """Whether any rank has called `word`. For one rank alone to call."""
+        return self.store is not None and self.store.check([word])
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, on all of them."""
@@ -112,7 +120,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     store = _unwritten(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    yield World(found, rank, size)
+    yield World(found, rank, size, store)
     gc.collect()  # DDP must let go of the group first: ending it there can dead-lock with gloo
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for us
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dis_ssm.metrics.frechet import Gaussian
 
 CHUNK = 64  # images an extractor sees at once
+STOP = "stop"  # what ranks call to one another while they draw
 
 
 class Stopped(Exception):
@@ -65,6 +66,8 @@ class Painter:
 
         def look_up() -> None:
             if stop.received:
+                world.call(STOP)
+            if stop.received or world.heard(STOP):
                 raise Stopped
 
         images = None
