@@ -100,7 +100,8 @@ def test_the_commands_of_a_recipe_parse(name):
 def test_the_table_of_costs_is_computed():
     """A few rows of docs/recipes.md, against the model."""
     lines = (ROOT / "docs" / "recipes.md").read_text().splitlines()
-    table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines if "DiS-" in line}
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    table = {row[0].strip(): row[1:] for row in rows}
     for key in ("cifar10 DiS-S/2", "imagenet256 DiS-S/8", "imagenet256 DiS-B/4"):
         name, model = key.split()
         config = load_config(name)
