@@ -117,18 +117,24 @@ def train_and_kill(*arguments, run_folder: Path, after: int) -> int:
     launcher = subprocess.Popen(command)
     marker = run_folder / "checkpoints" / f"{after:08d}" / "COMPLETE"
     deadline = time.monotonic() + PATIENCE
-    while not marker.exists():
+    while not marker.exists() or last_step(run_folder) <= after:  # into steps that are lost
         check(time.monotonic() < deadline, f"no checkpoint in {PATIENCE} s")
         check(launcher.poll() is None, f"training ended by itself: {launcher.returncode}")
         time.sleep(0.1)
-    time.sleep(1)  # into the steps after it, which are lost
     ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     for process in (launcher.pid, *map(int, ranks)):
         os.kill(process, signal.SIGKILL)
     launcher.wait()
-    last = json.loads((run_folder / "log.jsonl").read_text().splitlines()[-1])["step"]
+    last = last_step(run_folder)
     print(f"killed all {PROCESSES} processes at step {last} or later", flush=True)
     return last
+
+
+def last_step(run_folder: Path) -> int:
+    """The last step in the log, a line that is being written aside; 0 without one."""
+    path = run_folder / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def check(condition: bool, message: str) -> None:
