@@ -191,10 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [name for name, row in report["variants"].items() if row is None]:
         raise ValueError(f"no finished run of {', '.join(missing)}: run it without --collect")
     report["findings"] = [finding(title, report["variants"]) for title in ABLATIONS]
-    study.write(report, options.results)
-    options.results.with_suffix(".md").write_text(text(report), encoding="utf-8")
-    draw(report, options.results.with_suffix(".png"))
-    print(text(report))
+    study.publish(report, options.results, text, draw)
 
 
 if __name__ == "__main__":

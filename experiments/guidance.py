@@ -192,10 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report["real"] = real and real["scores"]
     drawing = {"steps": options.steps, "sampler": options.sampler}
     report["drawing"] = {key: value for key, value in drawing.items() if value is not None}
-    study.write(report, options.results)
-    options.results.with_suffix(".md").write_text(text(report), encoding="utf-8")
-    draw(report, options.results.with_suffix(".png"))
-    print(text(report))
+    study.publish(report, options.results, text, draw)
 
 
 if __name__ == "__main__":

@@ -157,10 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not report["points"]:
         raise ValueError(f"no run in {options.runs} is finished: run it without --collect")
     report["correlation"] = correlation(report["points"])
-    study.write(report, options.results)
-    options.results.with_suffix(".md").write_text(text(report), encoding="utf-8")
-    draw(report, options.results.with_suffix(".png"))
-    print(text(report))
+    study.publish(report, options.results, text, draw)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from dis_ssm.metrics import evaluate_samples
 from dis_ssm.runs import score_path
 from dis_ssm.train import train
 
-__all__ = ["RESULTS", "write", "write_json"]
+__all__ = ["RESULTS", "write_json"]
 
 RECORD = "record.json"
 DECIDED = 2  # a difference counts when it exceeds so many of its standard errors
@@ -278,6 +278,19 @@ def header(report: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> str:
         f"`{report['command']}`, commit {report['commit']}{trained}; {report['device']}, "
         f"{report['threads']} thread(s), {report['date']}."
     )
+
+
+def publish(
+    report: dict[str, Any],
+    path: Path,
+    text: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Write `path` (.json), and beside it what `text` and `draw` make of the report; print it."""
+    write(report, path)
+    path.with_suffix(".md").write_text(text(report), encoding="utf-8")
+    draw(report, path.with_suffix(".png"))
+    print(text(report))
 
 
 def with_error(mean: float, error: float | None) -> str:

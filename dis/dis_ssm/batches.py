@@ -23,10 +23,9 @@ from dis_ssm.images import to_model_space
 from dis_ssm.latents import LatentDataset
 
 AHEAD = 2  # batches read while a step computes
-Source = ImageDataset | LatentDataset
 
 
-def open_run(config: Config) -> tuple[Config, Source]:
+def open_run(config: Config) -> tuple[Config, ImageDataset]:
     """The config with what it takes from its data, and the data."""
     data = config.data
     dataset = open_dataset(
@@ -75,7 +74,7 @@ class Reading:
     keep: Tensor | None
 
 
-def read_batch(config: Config, dataset: Source, step: int, world: World = ALONE) -> Reading:
+def read_batch(config: Config, dataset: ImageDataset, step: int, world: World = ALONE) -> Reading:
     """This rank's share of the data, labels, timesteps and dropped blocks of `step`."""
     settings, model = config.train, config.model
     n, seed, share = settings.batch_size, settings.seed, world.share(settings.batch_size)
@@ -101,7 +100,9 @@ def read_batch(config: Config, dataset: Source, step: int, world: World = ALONE)
     return Reading(step, *reading)
 
 
-def finish_batch(config: Config, dataset: Source, reading: Reading, world: World = ALONE) -> Batch:
+def finish_batch(
+    config: Config, dataset: ImageDataset, reading: Reading, world: World = ALONE
+) -> Batch:
     """The same on the device, where the noise is drawn: latents have noise of their own."""
     moved = {
         field.name: value.to(world.device, non_blocking=True)
@@ -125,12 +126,14 @@ def finish_batch(config: Config, dataset: Source, reading: Reading, world: World
     return Batch(x, moved.get("y"), moved["t"], noise, moved.get("keep"))
 
 
-def draw_batch(config: Config, dataset: Source, step: int, world: World = ALONE) -> Batch:
+def draw_batch(config: Config, dataset: ImageDataset, step: int, world: World = ALONE) -> Batch:
     """This rank's share of the global batch of `step`: a function of the arguments alone."""
     return finish_batch(config, dataset, read_batch(config, dataset, step, world), world)
 
 
-def batches(config: Config, dataset: Source, first: int, world: World = ALONE) -> Iterator[Batch]:
+def batches(
+    config: Config, dataset: ImageDataset, first: int, world: World = ALONE
+) -> Iterator[Batch]:
     """The batches of step `first` to the last, read while the steps before them compute."""
     pending: deque[Future[Reading]] = deque()
     with ThreadPoolExecutor(1) as pool:

@@ -53,7 +53,7 @@ class Artist:
         indices: Sequence[int],
         labels: Tensor | None,
         settings: SampleConfig,
-        progress: bool = False,
+        **options: Any,
     ) -> Tensor:
         """Samples `indices`, (n, C, H, W), uint8 or latents; see `images.draw_samples`."""
         model = self.config.model
@@ -62,7 +62,7 @@ class Artist:
         half = self.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             arguments = (self.model, diffusion, shape, indices, labels, settings)
-            samples = draw_samples(*arguments, progress=progress)
+            samples = draw_samples(*arguments, **options)
         if self.vae:
             return decode(self.vae, samples)
         return to_uint8(samples) if self.visible else samples

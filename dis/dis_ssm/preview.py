@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dis_ssm.batches import Source
-from dis_ssm.config import Config, SampleConfig, build_diffusion, build_model
+from dis_ssm.config import Config, SampleConfig, build_model
+from dis_ssm.data import ImageDataset
 from dis_ssm.distributed import World
 from dis_ssm.ema import EMA
-from dis_ssm.images import VISIBLE_CHANNELS, draw_samples, label_columns, to_uint8
-from dis_ssm.latents import LatentDataset, cached_vae, decode, load_decoder
+from dis_ssm.generate import Artist
+from dis_ssm.images import VISIBLE_CHANNELS, label_columns
+from dis_ssm.latents import LatentDataset, cached_vae, load_decoder
 from dis_ssm.runs import StopSignal
 
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ class Painter:
     `visible` is false when there is no way to show what the model draws.
     """
 
-    def __init__(self, config: Config, dataset: Source, world: World):
+    def __init__(self, config: Config, dataset: ImageDataset, world: World):
         self.config, self.world = config, world
-        self.diffusion = build_diffusion(config)
         self.vae = None
         if isinstance(dataset, LatentDataset):
             name = config.data.vae or cached_vae(config.data.source)
@@ -84,25 +84,15 @@ class Painter:
             model = build_model(self.config)
         model.load_state_dict(averages, assign=True)
         model.eval().requires_grad_(False)
-        shape = (model.in_channels, *model.input_size)
-        half = self.config.train.precision == "bf16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=half):
-            samples = draw_samples(
-                model,
-                self.diffusion,
-                shape,
-                indices,
-                labels,
-                settings,
-                callback=callback,
-            )
-        return decode(self.vae, samples) if self.vae else to_uint8(samples)
+        device, precision = self.world.device, self.config.train.precision
+        artist = Artist(model, self.config, self.vae, device, precision)
+        return artist.draw(indices, labels, settings, callback=callback)
 
 
 class Scorer:
     """Fréchet distance between samples and a reference, on the features of [score]'s extractor."""
 
-    def __init__(self, config: Config, dataset: Source, painter: Painter):
+    def __init__(self, config: Config, dataset: ImageDataset, painter: Painter):
         self.config, self.painter, self.world = config, painter, painter.world
         from dis_ssm.metrics.extractors import open_extractor
 
@@ -149,7 +139,7 @@ class Scorer:
     def _features(self, images: Tensor) -> Tensor:
         return self.extractor(images.expand(-1, 3, -1, -1))["pool"]
 
-    def _reference(self, dataset: Source) -> "Gaussian":
+    def _reference(self, dataset: ImageDataset) -> "Gaussian":
         """Statistics from a file, or of the images named, of which each rank reads its share."""
         from dis_ssm.metrics.evaluator import open_reference
         from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian

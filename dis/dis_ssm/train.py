@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dis_ssm.batches import Batch, Source, batches, derive_seed, open_run
+from dis_ssm.batches import Batch, batches, derive_seed, open_run
 from dis_ssm.checkpoint import (
     clean_drafts,
     complete_checkpoints,
@@ -43,6 +43,7 @@ from dis_ssm.config import (
     pick_device,
     to_dict,
 )
+from dis_ssm.data import ImageDataset
 from dis_ssm.distributed import World, join_world, reducing, spread, whole
 from dis_ssm.ema import EMA
 from dis_ssm.flops import peak_flops, training_flops
@@ -165,7 +166,6 @@ class Trainer:
         then set on every rank.
         """
         settings, world = self.config.train, self.world
-        torch.manual_seed(derive_seed("forward", settings.seed, self.step))
         self.optimizer.zero_grad()
         means, quarters = self.accumulate(batch)
         limit = settings.grad_clip or math.inf
@@ -315,7 +315,7 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
 
 
 def _train(
-    trainer: Trainer, dataset: Source, stop: StopSignal, log: RunLog, show: Callable[[], None]
+    trainer: Trainer, dataset: ImageDataset, stop: StopSignal, log: RunLog, show: Callable[[], None]
 ) -> None:
     config, settings, world = trainer.config, trainer.config.train, trainer.world
     bar = tqdm(

@@ -17,6 +17,7 @@ from harness import RESULTS, processor, race, record, write
 from torch.profiler import ProfilerActivity, profile
 
 from dis_ssm import create_model
+from dis_ssm.flops import kept_bytes
 from dis_ssm.metrics.compat import declare_torchvision_operators
 from dis_ssm.mixer import BiMamba
 from dis_ssm.ops import native
@@ -72,23 +73,6 @@ def outside_products(step) -> dict:
         "share": round(sum(others.values()) / total, 3),
         "largest": {name: round(others[name] / total, 3) for name in largest},
     }
-
-
-def kept_bytes(model, x, t, y) -> int:
-    """Storage that autograd keeps for the backward pass, parameters not counted."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x, t, y)
-    for tensor in (*model.parameters(), *model.buffers(), x):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del out
-    return sum(size for size, _ in kept.values())
 
 
 def main() -> None:
