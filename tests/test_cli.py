@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dis_ssm import cli, images
+from dis_ssm import cli, generate, images
 from dis_ssm.checkpoint import load_model, save_checkpoint
 from dis_ssm.cli import main
 from dis_ssm.config import (
@@ -251,7 +251,7 @@ def test_wrong_requests_for_samples(run, capsys, flags, words):
 def test_an_impossible_output_is_refused_before_anything_is_drawn(
     run, tmp_path, monkeypatch, capsys, name
 ):
-    monkeypatch.setattr(images, "draw_samples", lambda *_, **__: pytest.fail("drew"))
+    monkeypatch.setattr(generate.Artist, "draw", lambda *_, **__: pytest.fail("drew"))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     assert main(["sample", str(run), "--out", str(tmp_path / name)]) == 2
