@@ -153,11 +153,11 @@ def text(report: dict[str, Any]) -> str:
             f"{model['hidden_size']}, depth {model['depth']}, patch {model['patch_size']}, skip "
             f"{model['skip']}, time as a {model['time_conditioning']}; {settings['steps']} steps "
             f"of {settings['batch_size']} images, learning rate {settings['lr']:g}, for all. "
-            f"{score['metric']} (a grey image counts as three equal channels) of {score['num']} "
-            f"EMA samples, {score['sampler']} {score['steps']}, to the held-out images: mean ± "
-            f"standard error over {len(variants['base']['runs'])} seeds. As many training images "
-            f"are at {report['floor']:.3f}, the best variant at {best:.1f} times that: this is "
-            f"about short training of small models. MSE: the training loss of the last tenth of "
+            f"{score['metric']} of {score['num']} EMA samples, {score['sampler']} "
+            f"{score['steps']}, to the held-out images: mean ± standard error over "
+            f"{len(variants['base']['runs'])} seeds. As many training images are at "
+            f"{report['floor']:.3f}, the best variant at {best:.1f} times that: this is about "
+            f"short training of small models. MSE: the training loss of the last tenth of "
             f"the steps. MFLOPs: one image's forward pass, scan included. Seconds are those of a "
             f"machine that had other work too.",
             "",

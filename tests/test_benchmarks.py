@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dis_ssm import DiS, attention
+from dis_ssm.hf import dit
 from dis_ssm.mixer import BiMamba
 from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
 
@@ -258,18 +259,17 @@ def test_a_wrong_kernel_is_noticed(load, native, dtype, off):
     assert not nothing["passed"] and nothing["values"] == "not finite"
 
 
-def tiny(name, size):
+def tiny(name, size, channels, classes):
     """A DiS where a DiS is asked for, a DiT where that is."""
     if name.startswith("DiS"):
-        return DiS(input_size=size, hidden_size=16, depth=3, num_classes=1000)
-    return sys.modules["gpu_models"].build(name, size)
+        return DiS(size, in_channels=channels, hidden_size=16, depth=3, num_classes=classes)
+    return dit(size, 2, channels, classes, depth=1, heads=1, head_width=8)
 
 
 @pytest.fixture
-def suite(load, monkeypatch):
+def suite(load):
     """(report, budget) -> whether all is right: the suite on the CPU with next to nothing in it."""
     suite, kernels, models = load("gpu_suite"), load("gpu_kernels"), load("gpu_models")
-    monkeypatch.setitem(models.DIT, "DiT-S/2", (1, 1, 8))
     time_model = partial(models.time_model, batch=2, rounds=1, build=tiny, compiler="eager")
     settings = dict(shapes=[(2, 5, 9, 4)], timed=[(6, torch.float32)], sizes=(1, 8, 4))
     settings["models"] = [
@@ -412,7 +412,7 @@ def test_kept_bytes(load):
 
 
 def test_the_fused_mixer_keeps_less(load, native, monkeypatch):
-    model = tiny("DiS", 8)
+    model = tiny("DiS", (8, 8), 4, 1000)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 0])
     fused = load("step").kept_bytes(model, *inputs)
     monkeypatch.setattr(BiMamba, "forward", BiMamba.op_by_op)

@@ -21,7 +21,6 @@ from dis_ssm.images import draw_images
 from dis_ssm.metrics import frechet_of_features, pixel_features
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
-GREY = 3  # equal channels that a grey image counts as: so many times the distance of one
 TINY = "--model.hidden-size 8 --model.depth 1 --train.steps 4 --train.save-every 2 --score.every 2"
 TINY += " --score.num 12 --sample.steps 2 --seeds 2"
 
@@ -51,7 +50,7 @@ def reals(split: str) -> torch.Tensor:
 
 def distance_to_heldout(images: torch.Tensor) -> float:
     features = (pixel_features(part) for part in (images, reals("heldout")))
-    return GREY * frechet_of_features(*features)
+    return frechet_of_features(*features)
 
 
 def drawn_again(run: Path, num: int, labels=None) -> torch.Tensor:

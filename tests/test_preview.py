@@ -45,8 +45,8 @@ def test_a_score_is_the_frechet_distance_of_the_averaged_model(tmp_path):
     painter = Painter(config, dataset, ALONE)
     trainer.restore(*newest_intact(tmp_path, ("model", "ema", "optimizer")))
     images = painter.draw(trainer.ema, 40, config.sample, StopSignal())
-    reference = pixel_features(dataset.batch(range(len(dataset)))[0].expand(-1, 3, -1, -1))
-    distance = frechet_of_features(pixel_features(images.expand(-1, 3, -1, -1)), reference)
+    reference = pixel_features(dataset.batch(range(len(dataset)))[0])
+    distance = frechet_of_features(pixel_features(images), reference)
     assert found["frechet_distance"] == pytest.approx(distance, rel=1e-6)
 
 

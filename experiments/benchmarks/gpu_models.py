@@ -10,32 +10,10 @@ import torch
 from harness import race
 from step import CHANNELS, CLASSES
 
-from dis_ssm import create_model
-from dis_ssm.metrics.compat import declare_torchvision_operators
+from dis_ssm.attention import build
 from dis_ssm.mixer import BiMamba
 
 STEPS = 1000  # of the diffusion, the range of t
-DIT = {"DiT-S/2": (12, 6, 64), "DiT-B/2": (12, 12, 64), "DiT-XL/2": (28, 16, 72)}
-
-
-def build(name: str, size: int):
-    """DiS, or diffusers' DiT at the widths of arXiv 2212.09748, for ``size`` x ``size`` latents."""
-    if name.startswith("DiS"):
-        return create_model(name, input_size=size, in_channels=CHANNELS, num_classes=CLASSES)
-    declare_torchvision_operators()
-    from diffusers import DiTTransformer2DModel
-
-    depth, heads, width = DIT[name]
-    return DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width,
-        in_channels=CHANNELS,
-        out_channels=2 * CHANNELS,
-        num_layers=depth,
-        sample_size=size,
-        patch_size=2,
-        num_embeds_ada_norm=CLASSES,
-    )
 
 
 def task(model, training: bool, size: int, batch: int, device: torch.device) -> Callable:
@@ -115,7 +93,7 @@ def time_model(
         _release(device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         torch.manual_seed(0)
-        model = build(name, size).to(device)
+        model = build(name, (size, size), CHANNELS, CLASSES).to(device)
         run = task(model, training, size, batch, device)
         for variant in variants:
             title = f"{name}, {variant}"

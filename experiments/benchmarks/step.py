@@ -3,8 +3,8 @@
     python experiments/benchmarks/step.py [--batch 8] [--size 32] [--threads 2] [--out FILE]
 
 Forward, mean-square loss, backward and AdamW on 4-channel latents, float32, both models in turn in
-one process. DiT is diffusers' DiTTransformer2DModel. "kept" is what autograd holds between forward
-and backward, with the fused mixer and with its operations one by one.
+one process. DiT is diffusers' class with one pair of embedders. "kept" is what autograd holds
+between forward and backward, with the fused mixer and with its operations one by one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 from harness import RESULTS, processor, race, record, write
 from torch.profiler import ProfilerActivity, profile
 
-from dis_ssm import create_model
+from dis_ssm.attention import build
 from dis_ssm.flops import kept_bytes
-from dis_ssm.metrics.compat import declare_torchvision_operators
 from dis_ssm.mixer import BiMamba
 from dis_ssm.ops import native
 
@@ -26,26 +25,8 @@ CHANNELS, CLASSES = 4, 1000
 PRODUCTS = ("aten::addmm", "aten::addmm_", "aten::mm", "aten::bmm")
 
 
-def dit(size: int):
-    """DiT-S/2 (arXiv 2212.09748, table 4)."""
-    declare_torchvision_operators()
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=64,
-        in_channels=CHANNELS,
-        out_channels=2 * CHANNELS,
-        num_layers=12,
-        sample_size=size,
-        patch_size=2,
-        num_embeds_ada_norm=CLASSES,
-    )
-
-
 def models(size: int) -> dict:
-    dis = create_model("DiS-S/2", input_size=size, in_channels=CHANNELS, num_classes=CLASSES)
-    peer = dit(size)
+    dis, peer = (build(name, (size, size), CHANNELS, CLASSES) for name in ("DiS-S/2", "DiT-S/2"))
     return {"DiS-S/2": (dis, dis), "DiT-S/2": (peer, lambda x, t, y: peer(x, t, y).sample)}
 
 

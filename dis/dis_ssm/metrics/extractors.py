@@ -10,8 +10,7 @@ name           network                                      features
                come as a package: works offline
 ``dinov2``     DINOv2 ViT-S, B, L or g /14 without          pool: the class token, 384 .. 1536
                registers, from a file of weights
-``pixels``     none: means over an 8 x 8 grid               pool up to 192; a grey image counts as
-                                                            three equal channels
+``pixels``     none: means over an 8 x 8 grid               pool up to 192, divided by sqrt(3)
 =============  ===========================================  =====================================
 """
 
@@ -90,7 +89,7 @@ def open_extractor(
     if resize is not None and (name not in ("lite0", "dinov2") or resize < 1):
         raise ValueError(f"resize {resize} does not apply to {name!r}: leave it out")
     if name == "pixels":
-        protocol = {"weights": None, "resize": "means over an 8x8 grid"}
+        protocol = {"weights": None, "resize": "means over an 8x8 grid, over sqrt(3)"}
         return Extractor(name, lambda images: {"pool": pixel_features(images)}, protocol)
     if name == "inception":
         return _inception(Path(weights) if weights else _downloaded_inception(), device)
