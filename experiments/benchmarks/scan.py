@@ -77,10 +77,11 @@ def exponentials(count: int):
     exp2 = native.library().dis_ssm_exp2
     grid = torch.linspace(-120, 120, 1 << 16)
     exact = grid.double().exp2()
-    exp2(grid.data_ptr(), grid.numel(), 1.0, 1)
+    exp2(grid.data_ptr(), grid.data_ptr(), grid.numel(), 1.0, 1)
     require("exp2", ((grid.double() - exact) / exact).abs().max().item(), 1e-6)
-    values = torch.full((4096,), 0.5)
-    return lambda: exp2(values.data_ptr(), values.numel(), -0.3, count // values.numel())
+    values, out = torch.linspace(0, 1, 4096), torch.empty(4096)
+    sizes = values.numel(), -0.3, count // values.numel()
+    return lambda: exp2(values.data_ptr(), out.data_ptr(), *sizes)
 
 
 def compare(shape: tuple, rounds: int) -> dict:

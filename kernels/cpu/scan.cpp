@@ -64,7 +64,9 @@ int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 struct Rates {
   Buffer<vf> A, bound;  // [vectors][N], [vectors]
 
-  Rates(const Scan& s, const Direction& d) {
+  Rates(const Scan& s, int64_t e) {
+    if (e >= s.directions) return;
+    const Direction& d = s.direction[e];
     int64_t N = s.state, vectors = (s.channels + W - 1) / W;
     A = allocate<vf>(vectors * N);
     bound = allocate<vf>(vectors);
@@ -89,14 +91,21 @@ struct Tile {
   vf delta[CHUNK], delta_x[CHUNK], y[CHUNK];
 };
 
+// Two columns of vectors in the next chunk, asked for a token at a time while there is arithmetic to do.
+struct Ahead {
+  const float *a, *b;
+  int64_t a_step, b_step;
+};
+
 // y_i += C_i . h_i for NB states over one chunk; h is carried on.
 template <int NB, bool FAST>
 void forward_states(Tile& in, const vf* A, vf* h, const float* B, const float* C,
-                    int64_t B_step, int64_t C_step, int64_t count) {
+                    int64_t B_step, int64_t C_step, int64_t count, Ahead next) {
   vf state[NB];
 #pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) state[n] = h[n];
-  for (int64_t i = 0; i < count; ++i, B += B_step, C += C_step) {
+  for (int64_t i = 0; i < count; ++i, B += B_step, C += C_step, next.a += next.a_step, next.b += next.b_step) {
+    prefetch(next.a), prefetch(next.b);
     vf delta = in.delta[i], delta_x = in.delta_x[i], even = in.y[i], odd{};
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
@@ -111,10 +120,10 @@ void forward_states(Tile& in, const vf* A, vf* h, const float* B, const float* C
 }
 
 template <int NB>
-INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, Tile& in, const vf* A, vf* h,
-                              const float* B, const float* C, int64_t B_step, int64_t C_step, int64_t count) {
+INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, Tile& in, const vf* A, vf* h, const float* B, const float* C,
+                              int64_t B_step, int64_t C_step, int64_t count, const Ahead& first, const Ahead& rest) {
   auto run = fast ? forward_states<NB, true> : forward_states<NB, false>;
-  for (; n + NB <= N; n += NB) run(in, A + n, h + n, B + n, C + n, B_step, C_step, count);
+  for (; n + NB <= N; n += NB) run(in, A + n, h + n, B + n, C + n, B_step, C_step, count, n ? rest : first);
   return n;
 }
 
@@ -129,9 +138,11 @@ void forward_item(const Scan& s, const Rates* rates, int64_t b, int64_t c0, int6
   vf *h = memory.get(), *skip = h + vectors * N, *bias = skip + vectors;
   auto tile = allocate<Tile>(vectors);
   auto lanes = [&](int64_t j) { return FULL ? W : (int)std::min<int64_t>(W, c1 - c0 - j * W); };
+  const Rows out{s.out, s.length * s.channels, s.channels};
   for (int64_t e = 0; e < s.directions; ++e) {
     const Direction& d = s.direction[e];
     bool last = e == s.directions - 1, by_softplus = s.softplus;
+    const Rows& gate = last && s.z.data ? s.z : d.x;
     const vf *A = &rates[e].A[c0 / W * N], *bound = &rates[e].bound[c0 / W];
     for (int64_t j = 0; j < vectors; ++j) {
       int64_t c = c0 + j * W;
@@ -148,12 +159,9 @@ void forward_item(const Scan& s, const Rates* rates, int64_t b, int64_t c0, int6
                   lanes(j));
       vi small = ~vi{};
       for (int64_t i = 0; i < k.count; ++i) {
-        int64_t t = k.token(i), ahead = t + k.step * CHUNK;
+        int64_t t = k.token(i);
         const float *x_row = d.x.at(b, t) + c0, *dt_row = d.dt.at(b, t) + c0;
-        const float *x_ahead = d.x.at(b, ahead) + c0, *dt_ahead = d.dt.at(b, ahead) + c0;
         for (int64_t j = 0; j < vectors; ++j) {
-          __builtin_prefetch(x_ahead + j * W);
-          __builtin_prefetch(dt_ahead + j * W);
           vf x = load(x_row + j * W, lanes(j)), v = load(dt_row + j * W, lanes(j)) + bias[j];
           if (by_softplus) v = softplus(v);
           tile[j].delta[i] = v;
@@ -165,27 +173,30 @@ void forward_item(const Scan& s, const Rates* rates, int64_t b, int64_t c0, int6
       bool fast = all(small);
       const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
       int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step;
+      int64_t next = chunk + 1 < chunk_count(s.length) ? k.token(CHUNK) : k.first;
       for (int64_t j = 0; j < vectors; ++j) {
-        int64_t n = 0;
+        int64_t n = 0, c = c0 + j * W;
+        auto ahead = [&](const Rows& p, const Rows& q) {
+          return Ahead{p.at(b, next) + c, q.at(b, next) + c, p.row_stride * k.step, q.row_stride * k.step};
+        };
+        Ahead first = ahead(d.x, d.dt), rest = ahead(gate, out);
         const vf* Aj = A + j * N;
         vf* hj = h + j * N;
-        n = forward_blocks<FORWARD_BLOCK>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
-        n = forward_blocks<4>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
-        forward_blocks<1>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count);
+        n = forward_blocks<FORWARD_BLOCK>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, first, rest);
+        n = forward_blocks<4>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, first, rest);
+        forward_blocks<1>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, first, rest);
       }
       for (int64_t i = 0; i < k.count; ++i) {
-        int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c0, ahead = t + k.step * CHUNK;
-        float *out = s.out + at, *pregate = last ? offset(s.pregate, at) : nullptr;
+        int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c0;
+        float *row = s.out + at, *pregate = last ? offset(s.pregate, at) : nullptr;
         const float* z = last && s.z.data ? s.z.at(b, t) + c0 : nullptr;
         for (int64_t j = 0; j < vectors; ++j) {
           vf v = tile[j].y[i];
-          if (e) v += load(out + j * W, lanes(j));
+          if (e) v += load(row + j * W, lanes(j));
           if (pregate) store(pregate + j * W, v, lanes(j));
           if (z) v *= silu(load(z + j * W, lanes(j))).value;
-          store(out + j * W, v, lanes(j));
+          store(row + j * W, v, lanes(j));
         }
-        prefetch_row(s.out + (ahead - t) * s.channels + at, vectors);
-        if (z) prefetch_row(s.z.at(b, ahead) + c0, vectors);
       }
     }
   }
@@ -419,17 +430,15 @@ int dis_ssm_has_openmp() {
 #endif
 }
 
-// v[i] = 2^(scale v[i]), `rounds` times, count a multiple of 128: the decay alone, the floor that benchmarks compare with.
-void dis_ssm_exp2(float* v, int64_t count, float scale, int64_t rounds) {
-  for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < count; i += W) store(v + i, exp2_product<true>(load(v + i), splat(scale)));
-  }
+// out[i] = 2^(scale v[i]), `rounds` times, count a multiple of W: the decay alone, the floor that benchmarks compare with.
+void dis_ssm_exp2(const float* v, float* out, int64_t count, float scale, int64_t rounds) {
+  for (int64_t round = 0; round < rounds; ++round)
+    for (int64_t i = 0; i < count; i += W) store(out + i, exp2_product<true>(load(v + i), splat(scale)));
 }
 
 // Both return 0, or 1 if memory ran out.
 int dis_ssm_scan_forward(const Scan* s, int threads) try {
-  const Rates rates[] = {{*s, s->direction[0]}, {*s, s->direction[s->directions - 1]}};
+  const Rates rates[] = {{*s, 0}, {*s, 1}};
   int64_t groups = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
   return !parallel(s->batch * groups, threads, [&](int64_t i) {
     int64_t c = i % groups * ITEM_CHANNELS, end = std::min(c + ITEM_CHANNELS, s->channels);
@@ -440,7 +449,7 @@ int dis_ssm_scan_forward(const Scan* s, int threads) try {
 }
 
 int dis_ssm_scan_backward(const Scan* s, int threads) try {
-  const Rates rates[] = {{*s, s->direction[0]}, {*s, s->direction[s->directions - 1]}};
+  const Rates rates[] = {{*s, 0}, {*s, 1}};
   int64_t groups = (s->channels + ITEM_CHANNELS - 1) / ITEM_CHANNELS;
   auto end = [&](int64_t g) { return std::min((g + 1) * ITEM_CHANNELS, s->channels); };
   Partials partials[2];

@@ -141,7 +141,8 @@ def library() -> ctypes.CDLL:
         for direction in ("forward", "backward"):
             function = getattr(lib, f"dis_ssm_{name}_{direction}")
             function.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    lib.dis_ssm_exp2.argtypes = [ctypes.c_void_p, *(ctypes.c_int64, ctypes.c_float, ctypes.c_int64)]
+    numbers = (ctypes.c_int64, ctypes.c_float, ctypes.c_int64)
+    lib.dis_ssm_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *numbers]
     lib.dis_ssm_chunk.restype = ctypes.c_int64
     return lib
 
