@@ -60,6 +60,21 @@ INLINE float* offset(float* p, int64_t n) { return p ? p + n : nullptr; }
 
 int64_t chunk_count(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
+// Two tensors' rows of the chunk to come. A vector of each is asked for at every token, while there is
+// arithmetic to do.
+struct Ahead {
+  const float *p, *q;
+  int64_t p_step, q_step;
+
+  Ahead(const Rows& p_rows, const Rows& q_rows, int64_t b, int64_t token, int64_t channel, int64_t step)
+      : p(p_rows.at(b, token) + channel), q(q_rows.at(b, token) + channel), p_step(p_rows.row_stride * step),
+        q_step(q_rows.row_stride * step) {}
+  void fetch(int64_t i, int64_t channel) const {
+    prefetch(p + i * p_step + channel);
+    prefetch(q + i * q_step + channel);
+  }
+};
+
 // A log2(e) of every vector of channels, and its largest absolute value (NaN if one is not finite).
 struct Rates {
   Buffer<vf> A, bound;  // [vectors][N], [vectors]
@@ -91,21 +106,15 @@ struct Tile {
   vf delta[CHUNK], delta_x[CHUNK], y[CHUNK];
 };
 
-// Two columns of vectors in the next chunk, asked for a token at a time while there is arithmetic to do.
-struct Ahead {
-  const float *a, *b;
-  int64_t a_step, b_step;
-};
-
 // y_i += C_i . h_i for NB states over one chunk; h is carried on.
 template <int NB, bool FAST>
 void forward_states(Tile& in, const vf* A, vf* h, const float* B, const float* C,
-                    int64_t B_step, int64_t C_step, int64_t count, Ahead next) {
+                    int64_t B_step, int64_t C_step, int64_t count, const Ahead& next, int64_t channel) {
   vf state[NB];
 #pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) state[n] = h[n];
-  for (int64_t i = 0; i < count; ++i, B += B_step, C += C_step, next.a += next.a_step, next.b += next.b_step) {
-    prefetch(next.a), prefetch(next.b);
+  for (int64_t i = 0; i < count; ++i, B += B_step, C += C_step) {
+    next.fetch(i, channel);
     vf delta = in.delta[i], delta_x = in.delta_x[i], even = in.y[i], odd{};
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
@@ -120,10 +129,12 @@ void forward_states(Tile& in, const vf* A, vf* h, const float* B, const float* C
 }
 
 template <int NB>
-INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, Tile& in, const vf* A, vf* h, const float* B, const float* C,
-                              int64_t B_step, int64_t C_step, int64_t count, const Ahead& first, const Ahead& rest) {
+INLINE int64_t forward_blocks(bool fast, int64_t n, int64_t N, Tile& in, const vf* A, vf* h, const float* B,
+                              const float* C, int64_t B_step, int64_t C_step, int64_t count, const Ahead (&next)[2],
+                              int64_t channel) {
   auto run = fast ? forward_states<NB, true> : forward_states<NB, false>;
-  for (; n + NB <= N; n += NB) run(in, A + n, h + n, B + n, C + n, B_step, C_step, count, n ? rest : first);
+  for (; n + NB <= N; n += NB)
+    run(in, A + n, h + n, B + n, C + n, B_step, C_step, count, next[n > 0], channel);
   return n;
 }
 
@@ -173,18 +184,15 @@ void forward_item(const Scan& s, const Rates* rates, int64_t b, int64_t c0, int6
       bool fast = all(small);
       const float *B = d.B.at(b, k.first), *C = d.C.at(b, k.first);
       int64_t Bs = d.B.row_stride * k.step, Cs = d.C.row_stride * k.step;
-      int64_t next = chunk + 1 < chunk_count(s.length) ? k.token(CHUNK) : k.first;
+      int64_t ahead = k.token(chunk + 1 < chunk_count(s.length) ? CHUNK : 0);
+      const Ahead next[] = {{d.x, d.dt, b, ahead, c0, k.step}, {gate, out, b, ahead, c0, k.step}};
       for (int64_t j = 0; j < vectors; ++j) {
-        int64_t n = 0, c = c0 + j * W;
-        auto ahead = [&](const Rows& p, const Rows& q) {
-          return Ahead{p.at(b, next) + c, q.at(b, next) + c, p.row_stride * k.step, q.row_stride * k.step};
-        };
-        Ahead first = ahead(d.x, d.dt), rest = ahead(gate, out);
+        int64_t n = 0;
         const vf* Aj = A + j * N;
         vf* hj = h + j * N;
-        n = forward_blocks<FORWARD_BLOCK>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, first, rest);
-        n = forward_blocks<4>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, first, rest);
-        forward_blocks<1>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, first, rest);
+        n = forward_blocks<FORWARD_BLOCK>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, next, j * W);
+        n = forward_blocks<4>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, next, j * W);
+        forward_blocks<1>(fast, n, N, tile[j], Aj, hj, B, C, Bs, Cs, k.count, next, j * W);
       }
       for (int64_t i = 0; i < k.count; ++i) {
         int64_t t = k.token(i), at = (b * s.length + t) * s.channels + c0;
@@ -215,7 +223,7 @@ struct Adjoint {
 template <int NB, bool FAST>
 void backward_states(Adjoint& q, const vf* A, const float* h0, int64_t h0_step, int lanes, vf* carry, vf* dA,
                      vf* dB, vf* dC, const float* B, const float* C, int64_t B_step, int64_t C_step,
-                     int64_t count, bool first) {
+                     int64_t count, bool first, const Ahead& next, int64_t channel) {
   vf decay[CHUNK][NB], decayed[CHUNK][NB], v[NB];
 #pragma GCC unroll 4
   for (int n = 0; n < NB; ++n) v[n] = load(h0 + n * h0_step, lanes);
@@ -234,6 +242,7 @@ void backward_states(Adjoint& q, const vf* A, const float* h0, int64_t h0_step, 
   C += count * C_step;
   for (int64_t i = count - 1; i >= 0; --i) {
     B -= B_step, C -= C_step;
+    next.fetch(i, channel);
     vf delta = q.delta[i], delta_x = delta * q.x[i], dy = q.dy[i], s1{}, s2{};
     if (!first) s1 = q.s1[i], s2 = q.s2[i];
 #pragma GCC unroll 4
@@ -273,7 +282,7 @@ struct Item {
 };
 
 template <int NB>
-INLINE int64_t backward_blocks(const Item& m, const Chunk& k, bool fast, int64_t n) {
+INLINE int64_t backward_blocks(const Item& m, const Chunk& k, bool fast, int64_t n, const Ahead (&next)[4]) {
   int64_t N = m.s.state, D = m.s.channels;
   auto run = fast ? backward_states<NB, true> : backward_states<NB, false>;
   for (; n + NB <= N; n += NB) {
@@ -283,7 +292,7 @@ INLINE int64_t backward_blocks(const Item& m, const Chunk& k, bool fast, int64_t
     for (int64_t j = 0; j < m.vectors; ++j)
       run(m.q[j], m.A + j * N + n, h0 + j * W, D, m.lanes(j), m.carry + j * N + n, m.dA + j * N + n, m.dB, m.dC,
           m.d.B.at(m.b, k.first) + n, m.d.C.at(m.b, k.first) + n, m.d.B.row_stride * k.step,
-          m.d.C.row_stride * k.step, k.count, n == 0);
+          m.d.C.row_stride * k.step, k.count, n == 0, next[n / NB % 4], j * W);
     for (int64_t i = 0; i < k.count; ++i) {
       int64_t at = ((m.b * m.groups + m.group) * m.s.length + k.token(i)) * N + n;
       for (int p = 0; p < NB; ++p) {
@@ -303,7 +312,8 @@ void backward_item(const Scan& s, const Direction& d, const Rates& rates, Partia
                    int64_t group, int64_t groups, int64_t c0, int64_t c1) {
   int64_t N = s.state, vectors = (c1 - c0 + W - 1) / W, D = s.channels;
   auto lanes = [&](int64_t j) { return FULL ? W : (int)std::min<int64_t>(W, c1 - c0 - j * W); };
-  bool by_softplus = s.softplus;
+  auto own = [&](const float* p) { return Rows{p, s.length * D, D}; };
+  bool by_softplus = s.softplus, gated = s.z.data && first;
   const vf *A = &rates.A[c0 / W * N], *bound = &rates.bound[c0 / W];
   auto memory = allocate<vf>(vectors * (2 * N + 4) + 2 * CHUNK * BACKWARD_BLOCK);
   auto tile = allocate<Adjoint>(vectors);
@@ -321,7 +331,7 @@ void backward_item(const Scan& s, const Direction& d, const Rates& rates, Partia
     Chunk k(s.length, d.reverse, chunk);
     vi small = ~vi{};
     for (int64_t i = 0; i < k.count; ++i) {
-      int64_t t = k.token(i), ahead = t - CHUNK * k.step;
+      int64_t t = k.token(i);
       const float *x_row = d.x.at(b, t) + c0, *dt_row = d.dt.at(b, t) + c0;
       for (int64_t j = 0; j < vectors; ++j) {
         Adjoint& q = tile[j];
@@ -335,13 +345,11 @@ void backward_item(const Scan& s, const Direction& d, const Rates& rates, Partia
         q.delta[i] = v;
         small &= abs(v) * bound[j] < splat(SAFE_EXPONENT);  // not if NaN
       }
-      prefetch_row(d.x.at(b, ahead) + c0, vectors);
-      prefetch_row(d.dt.at(b, ahead) + c0, vectors);
     }
     for (int64_t i = 0; i < k.count; ++i) {
-      int64_t t = k.token(i), ahead = t - CHUNK * k.step, at = (b * s.length + t) * D + c0;
+      int64_t t = k.token(i), at = (b * s.length + t) * D + c0;
       const float *dout = s.dout.at(b, t) + c0, *z = s.z.data ? s.z.at(b, t) + c0 : nullptr, *pregate = s.pregate + at;
-      float* dz = z && first ? s.dz + at : nullptr;
+      float* dz = gated ? s.dz + at : nullptr;
       for (int64_t j = 0; j < vectors; ++j) {
         vf dy = load(dout + j * W, lanes(j));
         if (z) {
@@ -351,14 +359,15 @@ void backward_item(const Scan& s, const Direction& d, const Rates& rates, Partia
         }
         tile[j].dy[i] = dy;
       }
-      prefetch_row(s.dout.at(b, ahead) + c0, vectors);
-      if (z) prefetch_row(s.z.at(b, ahead) + c0, vectors);
-      if (dz) prefetch_row(pregate + (ahead - t) * D, vectors);
-      if (dz) prefetch_row(dz + (ahead - t) * D, vectors);
     }
     bool fast = all(small);
-    int64_t n = backward_blocks<BACKWARD_BLOCK>(m, k, fast, 0);
-    backward_blocks<1>(m, k, fast, n);
+    int64_t ahead = k.token(chunk ? -CHUNK : 0);
+    const Ahead next[] = {{d.x, d.dt, b, ahead, c0, k.step},
+                          {s.dout, s.z.data ? s.z : d.x, b, ahead, c0, k.step},
+                          {own(d.dx), own(d.ddt), b, ahead, c0, k.step},
+                          {own(gated ? s.pregate : d.dx), own(gated ? s.dz : d.dx), b, ahead, c0, k.step}};
+    int64_t n = backward_blocks<BACKWARD_BLOCK>(m, k, fast, 0, next);
+    backward_blocks<1>(m, k, fast, n, next);
     for (int64_t i = 0; i < k.count; ++i) {
       int64_t at = (b * s.length + k.token(i)) * D + c0;
       float *dx_row = d.dx + at, *ddt_row = d.ddt + at;
@@ -372,8 +381,6 @@ void backward_item(const Scan& s, const Direction& d, const Rates& rates, Partia
         store(dx_row + j * W, dx, lanes(j));
         store(ddt_row + j * W, ddt, lanes(j));
       }
-      prefetch_row(dx_row - CHUNK * k.step * D, vectors);
-      prefetch_row(ddt_row - CHUNK * k.step * D, vectors);
     }
   }
 
