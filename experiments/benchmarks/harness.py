@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 TURN = 0.1  # seconds, or one call if that is longer
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -26,6 +28,7 @@ def race(contenders: dict[str, Callable], rounds: int, sync: Callable = lambda: 
     Returns name -> {"ms": median, "ratio": median over the rounds of time / the first one's time
     in the same round}: what slows a whole round does not move the ratio.
     """
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     calls = dict.fromkeys(contenders, 1)
     for turn in range(-1, rounds):
@@ -47,6 +50,14 @@ def race(contenders: dict[str, Callable], rounds: int, sync: Callable = lambda: 
         }
         for name, times in seconds.items()
     }
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc not to give freed memory back: whether the next call has to take it page by page
+    depends on who ran before, not on its own work."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # as much as glibc allows
 
 
 def error(value: Tensor, truth: Tensor) -> float:
