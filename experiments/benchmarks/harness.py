@@ -83,17 +83,24 @@ def processor() -> str:
 
 def record(device: str) -> dict:
     """Device, versions, commit, command and date of this run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True, text=True, cwd=Path(__file__).parent,
-    )  # fmt: skip
     return {
         "command": f"python {' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}",
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or os.environ.get("DIS_SSM_COMMIT", "unknown"),
+        "commit": commit() or os.environ.get("DIS_SSM_COMMIT", "unknown"),
         "device": device,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def commit() -> str:
+    """The short hash, "-dirty" if anything but results differs from it; "" outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
+    return git("rev-parse", "--short", "HEAD").strip() + "-dirty" * bool(changed)
 
 
 def write(report: dict, path: Path) -> None:
