@@ -1,6 +1,6 @@
 """Packaging lives in pyproject.toml; nothing is compiled at install.
 
-The scan and convolution kernels travel as source and are compiled at first use (see
+The kernels travel as source and are compiled at first use (see
 dis_ssm.ops.native), so one pure-Python wheel serves every platform and every torch.
 """
 

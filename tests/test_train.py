@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from dis_ssm import train as training
-from dis_ssm.batches import batches, derive_seed, draw_batch, open_run
+from dis_ssm.batches import batches, derive_seed, finish_batch, open_run, read_batch
 from dis_ssm.checkpoint import complete_checkpoints, load_model, newest_intact, read_part
 from dis_ssm.config import (
     Config,
@@ -165,6 +165,10 @@ def test_ema_is_float32_whatever_the_model():
 
 
 # ---- batches -------------------------------------------------------------------------------
+
+
+def draw_batch(config, dataset, step):
+    return finish_batch(config, dataset, read_batch(config, dataset, step))
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

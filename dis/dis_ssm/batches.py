@@ -126,11 +126,6 @@ def finish_batch(
     return Batch(x, moved.get("y"), moved["t"], noise, moved.get("keep"))
 
 
-def draw_batch(config: Config, dataset: ImageDataset, step: int, world: World = ALONE) -> Batch:
-    """This rank's share of the global batch of `step`: a function of the arguments alone."""
-    return finish_batch(config, dataset, read_batch(config, dataset, step, world), world)
-
-
 def batches(
     config: Config, dataset: ImageDataset, first: int, world: World = ALONE
 ) -> Iterator[Batch]:

@@ -28,6 +28,7 @@ from dis_ssm.ops.native import BackendError
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, BackendError, RankError)
 INTERRUPTED = 128 + signal.SIGINT
+NUM = 100  # images, unless asked for more or fewer
 LARGEST_GRID = 1000  # images
 LONGEST_NAME = 200  # of a file; systems allow 255 bytes, drafts included
 
@@ -214,12 +215,12 @@ def sample(
     return 0
 
 
-def _count(num: int | None, per_class: int | None, classes: int, default: int = 100) -> int:
+def _count(num: int | None, per_class: int | None, classes: int) -> int:
     if num is not None and per_class is not None:
         raise ValueError(f"--num {num} and --per-class {per_class}: give one of them")
     if per_class is not None and not classes:
         raise ValueError(f"--per-class {per_class}: this model has no classes, give --num")
-    wanted = default if num is None and per_class is None else (num or (per_class or 0) * classes)
+    wanted = NUM if num is None and per_class is None else (num or (per_class or 0) * classes)
     if wanted < 1:
         raise ValueError(f"{wanted} images: ask for 1 or more")
     return wanted
@@ -251,7 +252,7 @@ def evaluate(
 
     With a REFERENCE, SAMPLES are images (.npz, .zip, folder), and the reference is images, a data
     set, or statistics such as ADM's; several processes share the work under torchrun. Without one,
-    SAMPLES is a run of small images: `num` are drawn and compared with held-out real ones.
+    SAMPLES is a run of small images: one process draws `num` and compares them with held-out ones.
 
     Args:
         samples: images, or a run folder or one of its checkpoints.
@@ -287,6 +288,9 @@ def evaluate(
         )
     if samples.suffix in (".npz", ".zip"):
         raise ValueError(f"{samples} holds images: say what to compare them with, too")
+    with join_world(device) as world:
+        if world.size > 1:
+            raise ValueError(f"{samples} is a run, which one process scores, not {world.size}")
     folder, _ = locate(samples)
     check_writable(out or folder / "scores" / "trial.json")
     scores = evaluate_run(
@@ -406,7 +410,7 @@ def convert(
 ) -> int:
     """Turn a released checkpoint into a run that `dis-ssm sample` draws from.
 
-    Released models draw latents, so their samples are .npz arrays for a VAE to decode.
+    Released models draw latents: sample them with --vae, or get .npz arrays.
 
     Args:
         source: the released file, a pickle or safetensors; pickles are opened safely.

@@ -114,7 +114,7 @@ class TrainConfig:
 
     steps: int = 500_000
     batch_size: int = 128  # images per step
-    micro_batch_size: int | None = None  # images per backward pass; None: the whole batch
+    micro_batch_size: int | None = None  # images per backward pass; None: a process's whole share
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = 0  # linear rise that multiplies the schedule

@@ -38,7 +38,6 @@ from torch.utils.data import Dataset
 
 from dis_ssm import sources
 from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
-    IDX_PREFIX,
     IMAGE_SUFFIXES,
     NO_LABEL,
     SOURCES,
@@ -291,26 +290,6 @@ class FileDataset(ImageDataset):
 
 
 REMEDY = "replace the file, or remove it and start another run, because a run keeps to its images"
-
-
-class FolderDataset(FileDataset):
-    """`FileDataset` of a folder of image files; `paths` are in the order of (class, path)."""
-
-    def __init__(
-        self,
-        folder: str | Path,
-        split: str,
-        image_size: int | None,
-        max_corrupt: int = 10,
-        workers: int | None = None,
-    ):
-        _check_size(Path(folder), image_size)
-        files = sources.OPENERS["folder"](Path(folder), split)
-        super().__init__(files, image_size, max_corrupt, workers)
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.files.root / name for name in self.files.names]
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -423,15 +423,13 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) 
     return (spread + (mean1 - mean2).square() * (-log_var2).exp()) / 2
 
 
-def discretized_gaussian_log_likelihood(
-    x: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256
-) -> Tensor:
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log of the mass of N(mean, exp log_variance) in the bin around x, in nats, elementwise.
 
-    The `levels` bins are centred on equally spaced values from -1 to 1; the first and last reach to
+    The 256 bins are centred on equally spaced values from -1 to 1; the first and last reach to
     ∓∞ (Ho et al. 2020, eq. 13). Written with log Φ, so the tails do not underflow.
     """
-    half = 1 / (levels - 1)
+    half = 1 / 255
     inverse_sigma = (-log_variance / 2).exp()
     centred = x - mean
     # By symmetry the bin may be put below the mean, where log Φ is accurate.

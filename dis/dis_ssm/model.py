@@ -24,13 +24,13 @@ SKIPS = ("concat", "add", "none")
 TIME_CONDITIONINGS = ("token", "adaln")
 
 
-def timestep_features(t: Tensor, dim: int, dtype: torch.dtype, max_period: float = 1e4) -> Tensor:
-    """Sinusoidal features ``[cos(t w) | sin(t w)]``, w_i = max_period^(-i / (dim/2)): (B, dim).
+def timestep_features(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal features ``[cos(t w) | sin(t w)]``, w_i = 10000^(-i / (dim/2)): (B, dim).
 
     Computed in float32 or wider, whatever ``dtype`` is asked for.
     """
     half, wide = dim // 2, torch.promote_types(dtype, torch.float32)
-    w = torch.exp(torch.arange(half, device=t.device, dtype=wide) * (-math.log(max_period) / half))
+    w = torch.exp(torch.arange(half, device=t.device, dtype=wide) * (-math.log(10_000) / half))
     angles = t.to(wide)[:, None] * w
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2)).to(dtype)
 
@@ -462,12 +462,13 @@ def _uniform(parameter: Tensor, fan_in: int) -> None:
     nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
 
-def _init_direction(d: Direction, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+def _init_direction(d: Direction) -> None:
     _uniform(d.conv_weight, d.conv_weight.shape[1])
     _uniform(d.conv_bias, d.conv_weight.shape[1])
     _uniform(d.x_proj.weight, d.x_proj.in_features)
     _uniform(d.dt_proj.weight, d.dt_proj.in_features)
-    dt = torch.empty_like(d.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+    # Δ between 0.001 and 0.1, its logarithm uniform
+    dt = torch.empty_like(d.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     d.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
     d.A_log.copy_(torch.arange(1, d.A_log.shape[1] + 1).log().expand_as(d.A_log))
     nn.init.ones_(d.D)

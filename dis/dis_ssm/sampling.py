@@ -349,19 +349,17 @@ def _learns_sigma(scheduler) -> bool:
 # -- seeds ---------------------------------------------------------------------------------------
 
 
-def image_generators(
-    seed: int, indices: Iterable[int], device: torch.device | str = "cpu"
-) -> list[torch.Generator]:
+def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     """One generator per image, seeded by a hash of (seed, index), index in [0, 2³²).
 
-    Draw the noise with `image_noise` and hand the same generators on to `sample`. On the CPU, the
-    default, images agree across devices.
+    Draw the noise with `image_noise` and hand the same generators on to `sample`. They are on the
+    CPU, so that images agree across devices.
 
     PyTorch's CPU generator uses the low 32 bits of its seed only, and among 50,000 images hashed to
     32 bits two would likely share their noise. Here the low bits are a permutation of the index (a
     Feistel network keyed by the seed), so no two images of one seed can.
     """
-    return [torch.Generator(device).manual_seed(_image_seed(seed, index)) for index in indices]
+    return [torch.Generator().manual_seed(_image_seed(seed, index)) for index in indices]
 
 
 def image_noise(

@@ -163,7 +163,7 @@ def slug(device: str) -> str:
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="default: results/gpu-DEVICE.json")
+    parser.add_argument("--out", type=Path, help="default: experiments/results/gpu-DEVICE.json")
     parser.add_argument("--minutes", type=float, default=9)
     options = parser.parse_args()
     if reason := cuda.missing():

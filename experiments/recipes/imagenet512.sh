@@ -9,6 +9,7 @@ vae=${VAE:-stabilityai/sd-vae-ft-ema}      # a folder or hub id
 reference=data/VIRTUAL_imagenet512.npz  # ADM's: github.com/openai/guided-diffusion/tree/main/evaluations
 latents=data/imagenet512-latents run=${RUN:-runs/imagenet512}
 
+ls "$reference" > /dev/null  # training scores against it: better missed now than then
 launch encode "$images" $latents --image-size 512 --vae "$vae" --precision bf16
 dis-ssm encode --check $latents
 launch train imagenet512 --out $run --data.source $latents --data.vae "$vae" "$@"

@@ -105,8 +105,8 @@ class EncodedImages(Images):
             if array.shape[:2] != (self.height, self.width):
                 raise ValueError(
                     f"{key} is {array.shape[0]}x{array.shape[1]}, {self.keys[0]} is "
-                    f"{self.height}x{self.width}: give images of one size, or image_size to crop "
-                    f"and scale them"
+                    f"{self.height}x{self.width}: give images of one size; image_size crops "
+                    f"and scales those of a reference"
                 )
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 

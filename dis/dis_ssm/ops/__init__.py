@@ -1,4 +1,4 @@
-"""The two operations of a Mamba block, each with its PyTorch reference beside it."""
+"""The operations of a Mamba block, each with its PyTorch reference beside it."""
 
 from dis_ssm.ops.backend import backend_report
 from dis_ssm.ops.conv import bidirectional_causal_conv1d, causal_conv1d

@@ -1,9 +1,9 @@
 """The CPU kernels: compiled at first use, cached on disk, called through ctypes.
 
 The sources in ``kernels/cpu`` have a plain C interface, so they need neither torch's headers nor
-its ABI: one compiler call of about two seconds serves every torch. The library is kept in
-``$DIS_SSM_CACHE`` (default ``~/.cache/dis_ssm``) under a name that hashes sources, flags and
-instruction set, so machines of different kinds can share the folder.
+its ABI: one compiler call of a few seconds serves every torch. The library is kept in
+``$DIS_SSM_CACHE`` (default ``dis_ssm`` in ``$XDG_CACHE_HOME`` or ``~/.cache``) under a name that
+hashes sources, flags and instruction set, so machines of different kinds can share the folder.
 """
 
 from __future__ import annotations

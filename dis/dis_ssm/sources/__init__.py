@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dis_ssm.sources import arrays, files, tables
-from dis_ssm.sources.arrays import IDX_PREFIX
 from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, Pixels
 from dis_ssm.sources.files import IMAGE_SUFFIXES
 
-__all__ = ["IDX_PREFIX", "IMAGE_SUFFIXES", "NO_LABEL", "SOURCES", "SPLITS", "Files", "Pixels"]
+__all__ = ["IMAGE_SUFFIXES", "NO_LABEL", "SOURCES", "SPLITS", "Files", "Pixels"]
 
 SOURCES = ("digits", "fashion-mnist")
 
