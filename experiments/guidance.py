@@ -90,15 +90,10 @@ class Sweep:
         against = f"{Path(self.reference).stem}-{options.split}-{options.extractor}"
         path = images.with_name(f"{images.stem}-to-{against}.json")
         if self._missing(path):
-            evaluate(
-                images,
-                self.reference,
-                extractor=options.extractor,
-                weights=options.weights,
-                image_size=size,
-                split=options.split,
-                out=path,
-            )
+            named = {"extractor": options.extractor, "weights": options.weights, "out": path}
+            if not self.reference.endswith(".npz"):
+                named |= {"image_size": size, "split": options.split}
+            evaluate(images, self.reference, **named)
         return json.loads(path.read_text(encoding="utf-8")) if self.world.main else None
 
     def _missing(self, path: Path) -> bool:

@@ -383,3 +383,44 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", a]) == 2
     assert "what to compare them with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["{a}", "{a}", "--num", "7"], "--num has no meaning where images are scored"),
+        (["{run}", "--resize", "9"], "--resize has no meaning where a run is scored"),
+        (["{a}", "{b}", "--extractor", "pixels", "--batch-size", "0"], "batch_size is 0"),
+        (["{a}", "{b}", "--image-size", "8"], "is taken as it is"),
+        (["{run}", "{a}"], "is a run: draw a set"),
+        (["{a}", "{b}", "--out", "{a}"], "ends in .json"),
+        (["{a}", "{b}", "--save-reference", "{b}"], "would overwrite what is scored"),
+    ],
+)
+def test_evaluate_refuses_what_it_would_ignore_or_destroy(run, tmp_path, capsys, arguments, words):
+    places = {"run": run, "a": tmp_path / "a.npz", "b": tmp_path / "b.npz"}
+    for name in "ab":
+        np.savez(places[name], np.zeros((4, 8, 8, 1), np.uint8))
+    before = {name: places[name].read_bytes() for name in "ab"}
+    assert main(["evaluate", *(argument.format(**places) for argument in arguments)]) == 2
+    assert words in capsys.readouterr().err
+    assert before == {name: places[name].read_bytes() for name in "ab"}
+
+
+def test_reports_of_folders_are_named_after_the_whole_folder(tmp_path, capsys):
+    for name in ("cfg1.5", "cfg1.25"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            noise = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
+    for name in ("cfg1.5", "cfg1.25"):
+        arguments = [str(tmp_path / name), str(tmp_path / "cfg1.5"), "--extractor", "pixels"]
+        assert main(["evaluate", *arguments]) == 0
+        assert (tmp_path / f"{name}-pixels.json").is_file()
+
+
+def test_folders_of_something_else_are_left_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert main(["train", "digits", "--out", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

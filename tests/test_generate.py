@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dis_ssm.cli import main
 from dis_ssm.config import Config, DiffusionConfig, ModelConfig, SampleConfig, build_model
 from dis_ssm.distributed import ALONE
 from dis_ssm.generate import Artist, draw_labels, generate
+from dis_ssm.runs import locked
 
 CONFIG = Config(
     model=ModelConfig(
@@ -133,10 +135,59 @@ def test_other_settings_are_named_when_parts_are_refused(run, tmp_path, capsys):
     parts = tmp_path / "set.parts"
     parts.mkdir()
     (parts / "plan.json").write_text('{"seed": 5}')
+    (parts / "part-000000.npy").touch()
     arguments = ["sample", str(run), "--num", "4", "--out", str(tmp_path / "set.npz")]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "seed: 5 -> 0" in error and "--out" in error
+
+
+def test_a_refused_request_does_not_stand_in_the_way(run, tmp_path, capsys):
+    arguments = ["sample", str(run), "--num", "4", "--out", str(tmp_path / "set.npz")]
+    assert main([*arguments, "--steps", "5000"]) == 2
+    assert main(arguments) == 0
+    assert "5000" in capsys.readouterr().err
+
+
+def test_a_set_is_of_one_model(run, tmp_path):
+    """Another model in the same folder, at the same step, draws another set."""
+    mine, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "set.npz"
+    first = sample(mine, out, "--num", 4)["arr_0"]
+    torch.manual_seed(1)
+    weights = {
+        name: w + 0.3 * torch.randn_like(w) for name, w in build_model(CONFIG).named_parameters()
+    }
+    shutil.rmtree(mine)
+    save_checkpoint(mine, 7, {"ema": weights}, CONFIG, {}, 1)
+    assert not np.array_equal(sample(mine, out, "--num", 4)["arr_0"], first)
+
+
+def test_pictures_are_those_of_the_set(run, tmp_path):
+    out, pictures = tmp_path / "set.npz", tmp_path / "set"
+    whole = sample(run, out, "--num", 6, "--png")["arr_0"]
+    (pictures / "notes.png").touch()
+    (pictures / "000001.png").unlink()
+    sample(run, out, "--num", 6, "--png")
+    assert np.array_equal(np.array(Image.open(pictures / "000001.png")), whole[1, ..., 0])
+    sample(run, out, "--num", 3, "--png")
+    names = ["000000.png", "000001.png", "000002.png", "notes.png"]
+    assert sorted(os.listdir(pictures)) == names
+
+
+@pytest.mark.parametrize("damage", ["set.npz", "set.json"])
+def test_a_set_cut_short_is_drawn_again(run, tmp_path, damage):
+    out = tmp_path / "set.npz"
+    whole = sample(run, out, "--num", 4)["arr_0"]
+    path = tmp_path / damage
+    path.write_bytes(path.read_bytes()[:100])
+    assert np.array_equal(sample(run, out, "--num", 4)["arr_0"], whole)
+
+
+def test_one_process_at_a_time_draws_a_set(run, tmp_path, capsys):
+    (tmp_path / "set.parts").mkdir()
+    with locked(tmp_path / "set.parts"):
+        assert main(["sample", str(run), "--num", "4", "--out", str(tmp_path / "set.npz")]) == 2
+    assert "in use by another process" in capsys.readouterr().err
 
 
 def test_random_labels_are_uniform_fixed_and_a_prefix_of_more():

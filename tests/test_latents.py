@@ -35,7 +35,7 @@ from dis_ssm.latents import (
     open_cache,
     read_manifest,
 )
-from dis_ssm.runs import exclusive
+from dis_ssm.runs import locked
 
 SIDE, COUNT, SHARD, BATCH = 32, 23, 4, 3  # the last shard and batches are short
 BROKEN = 6  # index of the image that is no image
@@ -456,7 +456,7 @@ def test_corrupt_images_count_over_all_processes(tmp_path, source, vae_folder, c
 
 
 def test_two_commands_do_not_share_a_folder(cache, source, vae_folder):
-    with exclusive(cache), pytest.raises(ValueError, match="by another process"):
+    with locked(cache), pytest.raises(ValueError, match="by another process"):
         quietly(source, cache, vae_folder)
 
 
@@ -481,6 +481,14 @@ def test_folders_that_are_no_cache_are_left_alone(tmp_path, source, vae_folder):
     with pytest.raises(CacheError, match=r"manifest\.json is damaged: KeyError"):
         open_cache(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["manifest.json", "thesis.tex"]
+
+
+@pytest.mark.parametrize("change", [{"shard_size": 0}, {"shards": [{}]}, {"shards": None}])
+def test_a_manifest_that_cannot_be_is_named(cache, change):
+    path = cache / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
+        check_cache(cache)
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path, source, vae_folder):

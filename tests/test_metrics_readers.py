@@ -131,3 +131,41 @@ def test_npz_cut_short_or_altered(tmp_path, save):
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="arr_0 is damaged"):
         whole(open_images(path), batch=150)
+
+
+def test_a_folder_with_splits_is_read_by_split(tmp_path):
+    arrays = pictures(6)
+    write_folder(tmp_path / "both" / "train", arrays[:4])
+    write_folder(tmp_path / "both" / "heldout" / "a", arrays[4:])
+    with zipfile.ZipFile(tmp_path / "both.zip", "w") as archive:
+        for path in (tmp_path / "both").rglob("*.png"):
+            archive.write(path, path.relative_to(tmp_path / "both"))
+    for source in ("both", "both.zip"):
+        np.testing.assert_array_equal(whole(open_images(tmp_path / source)), arrays[:4])
+        held = open_images(tmp_path / source, "heldout")
+        np.testing.assert_array_equal(whole(held), arrays[4:])
+    with pytest.raises(ValueError, match="no split 'heldout'"):
+        open_images(tmp_path / "both" / "train", "heldout")
+
+
+def test_an_image_that_cannot_be_read_is_not_replaced(tmp_path):
+    folder = write_folder(tmp_path / "images", pictures(4))
+    (folder / "00002.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"00002\.png"):
+        whole(open_images(folder, image_size=4))
+
+
+def test_archives_that_cannot_be_opened(tmp_path):
+    np.savez(tmp_path / "a.npz", pictures())
+    raw = bytearray((tmp_path / "a.npz").read_bytes())
+    raw[0] = 0  # of the member's header; the directory at the end is whole
+    (tmp_path / "header.npz").write_bytes(raw)
+    with zipfile.ZipFile(tmp_path / "suffix.npz", "w") as archive:
+        archive.writestr("arr_0", b"")
+    raw = bytearray((tmp_path / "a.npz").read_bytes())
+    raw[6] |= 1  # encrypted
+    raw[raw.rindex(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "encrypted.npz").write_bytes(raw)
+    for name in ("header", "suffix", "encrypted"):
+        with pytest.raises(ValueError, match=f"{name}.npz: arr_0 is damaged"):
+            open_images(tmp_path / f"{name}.npz")

@@ -6,6 +6,7 @@ import math
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -536,3 +537,15 @@ def test_seeds_reproduce_the_initialisation():
         for one, two in pairwise(states)
     )
     assert same and not other
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"patch_size": 2.0}, {"depth": 1.0}, {"num_classes": None}, {"input_size": 8.0}],
+)
+def test_counts_are_integers(wrong):
+    with pytest.raises(ValueError, match="must be an integer"):
+        DiS(**{"input_size": 8, "hidden_size": 16, "depth": 1} | wrong)
+    assert DiS(np.int64(8), hidden_size=16, depth=1).input_size == (8, 8)
+    with pytest.raises(ValueError, match="unknown model 'None'"):
+        create_model(None)

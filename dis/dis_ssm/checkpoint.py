@@ -309,8 +309,17 @@ def drafted(path: Path) -> Iterator[Path]:
     try:
         yield draft
         os.replace(draft, path)
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # such as a full disk
     finally:
         draft.unlink(missing_ok=True)
+
+
+def identity(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's state.json, which has those of all its files."""
+    return (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()
 
 
 def check_writable(path: Path) -> None:

@@ -3,19 +3,27 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from tyro.conf import Positional
 
-from dis_ssm.checkpoint import check_writable, locate, read_state, versions, write_json
+from dis_ssm.checkpoint import (
+    check_writable,
+    identity,
+    locate,
+    read_state,
+    versions,
+    write_json,
+)
 from dis_ssm.config import (
     Config,
     load_config,
@@ -202,9 +210,12 @@ def sample(
             images = artist.draw(range(num), chosen, settings, progress=True)
             save_images(images, chosen, out, columns)
         else:
+            if png and not artist.visible:
+                raise ValueError(f"--png: {run} draws latents, and showing them needs --vae")
             chosen = draw_labels(num, classes or known, labels, settings.seed)
             size = min(settings.batch_size, num)
             plan = dataclasses.asdict(settings) | {"batch_size": size, "checkpoint_step": step}
+            plan |= {"checkpoint": identity(checkpoint)}
             plan |= {"run": str(folder), "weights": weights, "labels": labels, "vae": vae}
             plan |= {"classes": list(classes), "precision": precision, "png": png}
             plan |= {"device": world.device.type, "versions": versions()}
@@ -272,16 +283,21 @@ def evaluate(
     """
     from dis_ssm.evaluate import evaluate_run, format_scores, scores_path
 
+    _refuse_others(locals())
+    if out and out.suffix != ".json":
+        raise ValueError(f"the report is JSON: give --out a name that ends in .json, not {out}")
     if reference is not None:
+        samples = samples.resolve()
+        name = samples.name if samples.is_dir() else samples.stem
         return _evaluate_images(
             samples,
             reference,
-            out or samples.with_name(f"{samples.stem}-{extractor}.json"),
+            out or samples.with_name(f"{name}-{extractor}.json"),
             device,
             extractor=extractor,
             weights=weights,
             resize=resize,
-            batch_size=batch_size or 64,
+            batch_size=64 if batch_size is None else batch_size,
             image_size=image_size,
             split=split,
             save_reference=save_reference,
@@ -313,11 +329,34 @@ def evaluate(
     return 0
 
 
+OF_A_RUN = ("num", "cfg_scale", "steps", "sampler", "seed", "bound_images", "bound_terms", "keep")
+OF_IMAGES = ("extractor", "weights", "resize", "image_size", "split", "save_reference")
+
+
+def _refuse_others(given: dict[str, Any]) -> None:
+    """ValueError for options of `evaluate` that do not belong to what is scored."""
+    known, a_run = inspect.signature(evaluate).parameters, given["reference"] is None
+    for name in OF_IMAGES if a_run else OF_A_RUN:
+        if given[name] != known[name].default:
+            flag, what = f"--{name.replace('_', '-')}", "a run is" if a_run else "images are"
+            raise ValueError(f"{flag} has no meaning where {what} scored: leave it out")
+
+
 def _evaluate_images(
     samples: Path, reference: str, out: Path, device: str | None, **options
 ) -> int:
     from dis_ssm.metrics import evaluate_samples, format_report
+    from dis_ssm.runs import is_run
 
+    if is_run(samples):
+        raise ValueError(
+            f"{samples} is a run: draw a set (dis-ssm sample {samples} --num 50000 --out set.npz) "
+            f"and score that, or leave out {reference}"
+        )
+    inputs = {samples.resolve(), Path(reference).expanduser().resolve()}
+    for path in (out, options["save_reference"]):
+        if path and path.resolve() in inputs:
+            raise ValueError(f"{path} would overwrite what is scored: give another name")
     check_writable(out)
     with join_world(device) as world:
         report = evaluate_samples(samples, reference, world=world, progress=world.main, **options)

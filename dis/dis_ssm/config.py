@@ -380,7 +380,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     accepted = {float: (int, float), Path: (str, Path)}.get(hint, (hint,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{name} is {value!r}: give {'a path' if hint is Path else hint.__name__}")
-    return hint(value)
+    try:
+        return hint(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large: {error}") from error
 
 
 def _convert_section(values: Any, section: type, name: str) -> Any:

@@ -73,6 +73,8 @@ def from_released(
         if tensors[name].shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             problems.append(f"has {theirs} of shape {shapes}")
+        elif tensor.layout is not torch.strided:
+            problems.append(f"has {theirs} of layout {tensor.layout}, expected a dense tensor")
         elif not tensor.is_floating_point():
             problems.append(f"has {theirs} of dtype {tensor.dtype}, expected floating point")
         elif not tensor.isfinite().all():

@@ -40,7 +40,7 @@ from dis_ssm.latents import (
     shard_spans,
     verify_shard,
 )
-from dis_ssm.runs import exclusive
+from dis_ssm.runs import is_empty, locked
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -263,12 +263,10 @@ def _folder_of_our_own(folder: Path) -> Iterator[None]:
     """Make `folder`, hold its lock, and remove what a killed process left half-written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the cache")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not any((folder / name).is_file() for name in (MANIFEST, ".lock")):
-            raise ValueError(f"{folder} is not empty and is not a cache: give another folder")
+    if not (is_empty(folder) or (folder / MANIFEST).is_file()):
+        raise ValueError(f"{folder} is not empty and is not a cache: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".lock").touch()
-    with exclusive(folder):
+    with locked(folder):
         for draft in folder.glob(DRAFT + "*"):
             draft.unlink()
         yield

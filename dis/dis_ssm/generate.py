@@ -6,6 +6,7 @@ them as ADM's evaluator reads them: arr_0 uint8 (n, H, W, C), arr_1 int64 labels
 they were made. Until all are there, finished batches lie in the folder NAME.parts.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,8 +28,10 @@ from dis_ssm.config import Config, SampleConfig, build_diffusion
 from dis_ssm.distributed import World
 from dis_ssm.images import VISIBLE_CHANNELS, draw_samples, to_uint8
 from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
+from dis_ssm.runs import locked
 
 NO_VAE = "none"
+PLAN = "plan.json"
 
 
 @dataclass
@@ -114,19 +117,35 @@ def generate(
     """Draw samples 0 to num - 1 in batches of `batch_size` and write `out` (.npz).
 
     Called by all ranks; each takes batches in turn. `plan`, plain data, is everything that the
-    samples depend on: parts of another plan are refused with ValueError, and a set of the same plan
-    is left as it is. With `png` each image is written to the folder NAME too.
+    samples depend on: parts of another plan are refused with ValueError, and a whole set of the
+    same plan is left as it is. With `png` each image is written to the folder NAME too. ValueError
+    when another process draws the same set.
     """
-    parts, pictures, record = (out.with_suffix(s) for s in (".parts", "", ".json"))
+    parts, record = out.with_suffix(".parts"), out.with_suffix(".json")
+    pictures = out.with_suffix("") if png else None
     with world.together():
-        same = out.exists() and record.exists() and json.loads(record.read_text()) == _plain(plan)
-    if world.gather(same)[0]:
+        size = out.stat().st_size if out.exists() else None
+        same = _read_plan(record) == _plain(plan | {"bytes": size})
+    if world.gather(same and _pictured(pictures, range(num)))[0]:
         return
+    with contextlib.ExitStack() as stack:
+        with world.together():
+            if world.main:
+                parts.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(parts))
+                _begin(parts, pictures, plan)
+        _draw_set(draw, labels, num, batch_size, parts, pictures, world)
+        with world.together():
+            if world.main:
+                _assemble(out, parts, -(-num // batch_size), num, labels)
+                write_json(record, plan | {"bytes": out.stat().st_size})
+                shutil.rmtree(parts)
+
+
+def _draw_set(draw, labels, num, batch_size, parts, pictures, world) -> None:
     batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
-    with world.together():
-        if world.main:
-            _begin(parts, plan)
-    missing = world.gather([k for k in range(len(batches)) if not _part(parts, k).exists()])[0]
+    there = [_part(parts, k).exists() and _pictured(pictures, b) for k, b in enumerate(batches)]
+    missing = world.gather([k for k in range(len(batches)) if not there[k]])[0]
     done = num - sum(len(batches[k]) for k in missing)
     bar = tqdm(total=num, initial=done, unit="image", disable=not world.main, mininterval=1)
     with bar:
@@ -139,26 +158,24 @@ def generate(
                     images = draw(indices, chosen)
                     if images.dtype == torch.uint8:
                         images = images.permute(0, 2, 3, 1)
-                        _write_pictures(pictures if png else None, indices, images)
+                        _write_pictures(pictures, indices, images)
                     with drafted(_part(parts, turn[world.rank])) as draft, draft.open("wb") as file:
                         np.save(file, images.contiguous().numpy())
                         file.flush()
                         os.fsync(file.fileno())
             bar.update(sum(len(batches[k]) for k in turn))
-    with world.together():
-        if world.main:
-            _assemble(out, parts, len(batches), num, labels)
-            write_json(record, plan)
-            shutil.rmtree(parts)
 
 
-def _begin(parts: Path, plan: dict[str, Any]) -> None:
-    path = parts / "plan.json"
-    if not path.exists():
-        parts.mkdir(parents=True, exist_ok=True)
+def _begin(parts: Path, pictures: Path | None, plan: dict[str, Any]) -> None:
+    """A new set, which clears the pictures of another one, or the one that was begun."""
+    path = parts / PLAN
+    if not any(parts.glob("part-*.npy")):
+        for picture in pictures.glob("*.png") if pictures else ():
+            if picture.stem.isdecimal():
+                picture.unlink()
         write_json(path, plan)
         return
-    found, wanted = json.loads(path.read_text(encoding="utf-8")), _plain(plan)
+    found, wanted = _read_plan(path), _plain(plan)
     changed = [
         f"{key}: {found.get(key)!r} -> {wanted.get(key)!r}"
         for key in {**found, **wanted}
@@ -171,6 +188,15 @@ def _begin(parts: Path, plan: dict[str, Any]) -> None:
         )
 
 
+def _read_plan(path: Path) -> dict[str, Any]:
+    """What is known of a set; nothing if the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _plain(plan: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back."""
     return json.loads(json.dumps(plan))
@@ -180,12 +206,20 @@ def _part(parts: Path, k: int) -> Path:
     return parts / f"part-{k:06d}.npy"
 
 
+def _picture(folder: Path, i: int) -> Path:
+    return folder / f"{i:06d}.png"
+
+
+def _pictured(folder: Path | None, indices: range) -> bool:
+    return folder is None or all(_picture(folder, i).exists() for i in indices)
+
+
 def _write_pictures(folder: Path | None, indices: range, images: Tensor) -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in zip(indices, images.numpy(), strict=True):
-        with drafted(folder / f"{i:06d}.png") as draft:
+        with drafted(_picture(folder, i)) as draft:
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(draft)
 
 

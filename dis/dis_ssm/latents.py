@@ -33,6 +33,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 KEYS = ("source_images", "class_names", "vae", "latent_shape", "shard_size", "shards", "images")
 KEYS += ("complete",)
+RECORD = ("name", "images", "bytes", "sha256", "corrupt")  # of a shard
 FLIPS = 2  # the image, its mirror image
 CHUNK = 256  # images looked at together
 AGAIN = "the same dis-ssm encode again mends it"
@@ -152,6 +153,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, _ = manifest["format"], [manifest[key] for key in KEYS]
+        shards = [[record[key] for key in RECORD] for record in manifest["shards"]]
+        if manifest["shard_size"] < 1 or manifest["source_images"] < len(shards):
+            raise ValueError("its numbers cannot be")
     except OSError as error:
         raise CacheError(f"{folder} is not a cache of latents: {MANIFEST} is missing") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Number
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,11 @@ class DiS(nn.Module):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = config  # rebuilds this model: DiS(**config)
-        height, width = (input_size,) * 2 if isinstance(input_size, int) else input_size
+        height, width = (input_size,) * 2 if isinstance(input_size, Number) else input_size
+        counts = dict(height=height, width=width, patch_size=patch_size, depth=depth)
+        for name, count in (counts | dict(num_classes=num_classes)).items():
+            if not isinstance(count, Integral):
+                raise ValueError(f"{name} must be an integer, got {count!r}")
         _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning)
         sizes = dict(in_channels=in_channels, hidden_size=hidden_size, d_state=d_state)
         sizes |= dict(expand=expand, d_conv=d_conv, cond_dim=1 if cond_dim is None else cond_dim)
@@ -500,6 +504,7 @@ def create_model(name: str, **kwargs) -> DiS:
         ValueError: unknown name, with near matches.
     """
     if name not in DiS_models:
+        name = str(name)
         known = {key.lower(): key for key in DiS_models}
         close = difflib.get_close_matches(name.lower(), known, cutoff=0.4) or known
         near = [known[key] for key in close]

@@ -19,26 +19,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.checkpoint import drafted, write_json
+from dis_ssm.checkpoint import DRAFT, drafted, write_json
 from dis_ssm.images import make_grid
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def exclusive(run: Path) -> Iterator[None]:
-    """Make the folder `run` and hold its lock, which the system frees when the process ends.
-
-    ValueError when another process holds it, or when the folder is full of something else.
-    """
+    """Make the folder `run` and hold its lock. ValueError, too, if it is full of something else."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file: give a folder for the run")
-    own = (".lock", "config.json", "checkpoints", "log.jsonl")
-    if run.is_dir() and any(run.iterdir()) and not any((run / name).exists() for name in own):
+    if not (is_empty(run) or is_run(run)):
         raise ValueError(f"{run} is not empty and is not a run: give another folder")
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
-        _lock(file, run)
+    with locked(run):
+        yield
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it holds checkpoints, a log or the configuration of a run (not of anything else)."""
+    if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"model", "diffusion", "train"} <= config.keys()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing but a lock and drafts, or no folder at all."""
+    return not folder.is_dir() or all(
+        path.name == LOCK or path.name.startswith(DRAFT) for path in folder.iterdir()
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which the system frees when the process ends. ValueError when
+    another process holds it."""
+    with (folder / LOCK).open("w") as file:
+        _lock(file, folder)
         yield
 
 

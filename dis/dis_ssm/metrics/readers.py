@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dis_ssm.data import IMAGE_SUFFIXES, ImageDataset, open_dataset
+from dis_ssm.data import IMAGE_SUFFIXES, SPLITS, ImageDataset, open_dataset
 
 ADM_IMAGES = "arr_0"  # the key of images in ADM's files
 DAMAGED = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
+UNREADABLE = (*DAMAGED, KeyError, RuntimeError, zipfile.BadZipFile)  # in archives; encrypted, too
 CHANNELS = (1, 3)  # grey, RGB
 
 
@@ -53,11 +54,13 @@ def open_images(
     """A set of images that all have one size.
 
     - FILE.npz with ``arr_0``, uint8 (n, H, W, C), as ADM writes; streamed, never held as a whole;
-    - a folder or FILE.zip of images, sub-folders included, in the order of their names, as RGB;
+    - a folder or FILE.zip of images, sub-folders included, in the order of their names, as RGB; of
+      one with ``train/`` and ``heldout/``, the folder `split`;
     - with `image_size`, or for any other `source`: `dis_ssm.data.open_dataset` of it and `split`,
       which crops and scales images of any size.
 
-    Raises ValueError for sources that are empty, damaged, of mixed sizes or not uint8.
+    Raises ValueError for sources that are empty, damaged, of mixed sizes or not uint8, and for a
+    `split` that the source does not have.
     """
     if isinstance(source, ImageDataset):
         return DatasetImages(source)
@@ -67,13 +70,14 @@ def open_images(
             raise ValueError(f"no file {path}")
         return NpzImages(path)
     if image_size is None and path.suffix == ".zip" and path.is_file():
-        return ZipImages(path)
+        return ZipImages(path, split)
     if image_size is None and path.is_dir():
-        if paths := [p for p in _tree(path) if p.suffix.lower() in IMAGE_SUFFIXES]:
-            return FolderImages(path, paths)
+        paths = [p for p in _tree(path) if p.suffix.lower() in IMAGE_SUFFIXES]
+        if kept := _of_split(path, paths, [p.relative_to(path).parts for p in paths], split):
+            return FolderImages(path, kept)
         if not any(path.iterdir()):
             raise ValueError(f"{path} is empty: no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    return DatasetImages(open_dataset(source, split, image_size))
+    return DatasetImages(open_dataset(source, split, image_size, max_corrupt=0))
 
 
 class DatasetImages(Images):
@@ -127,7 +131,7 @@ class FolderImages(EncodedImages):
 
 
 class ZipImages(EncodedImages):
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, split: str):
         try:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
@@ -138,6 +142,7 @@ class ZipImages(EncodedImages):
             if Path(name).suffix.lower() in IMAGE_SUFFIXES
             and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
         )
+        names = _of_split(path, names, [Path(name).parts for name in names], split)
         if not names:
             raise ValueError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
         super().__init__(str(path), "zip", names, self._member)
@@ -145,7 +150,7 @@ class ZipImages(EncodedImages):
     def _member(self, name: str) -> bytes:
         try:
             return self._zip.read(name)
-        except (*DAMAGED, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(f"cannot read {name}: {error}") from error
 
 
@@ -169,7 +174,7 @@ class NpzImages(Images):
         try:
             self._skip(start - self._at)
             raw = bytearray(self._take(stop - start))
-        except (*DAMAGED, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.path}: {ADM_IMAGES} is damaged: {error}") from error
         self._at = stop
         shape = (stop - start, self.height, self.width, self.channels)
@@ -186,15 +191,19 @@ class NpzImages(Images):
         return raw
 
     def _rewind(self) -> tuple[tuple[int, ...], np.dtype]:
-        self._at, self._file = 0, _open_array(self.path)
+        if ADM_IMAGES not in (keys := npz_keys(self.path)):
+            has = ", ".join(sorted(keys))
+            raise ValueError(f"{self.path} has no images ({ADM_IMAGES}), only {has}")
+        self._at = 0
         try:
+            self._file: IO[bytes] = zipfile.ZipFile(self.path).open(f"{ADM_IMAGES}.npy")
             version = np.lib.format.read_magic(self._file)
             header = {
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, fortran, dtype = header(self._file)
-        except (*DAMAGED, KeyError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.path}: {ADM_IMAGES} is damaged: {error}") from error
         if dtype.hasobject:
             raise ValueError(f"{self.path}: {ADM_IMAGES} holds Python objects: need uint8 images")
@@ -215,10 +224,13 @@ def npz_keys(path: Path) -> set[str]:
         raise ValueError(f"cannot read {path}, or it was cut short: {error}") from error
 
 
-def _open_array(path: Path) -> IO[bytes]:
-    if ADM_IMAGES not in (keys := npz_keys(path)):
-        raise ValueError(f"{path} has no images ({ADM_IMAGES}), only {', '.join(sorted(keys))}")
-    return zipfile.ZipFile(path).open(f"{ADM_IMAGES}.npy")
+def _of_split(path: Path, items: list, parts: list[tuple[str, ...]], split: str) -> list:
+    """Those in the folder `split`, if there are folders of all splits."""
+    if not set(SPLITS) <= {names[0] for names in parts}:
+        if items and split != SPLITS[0]:
+            raise ValueError(f"{path} has no split {split!r}: that takes {' and '.join(SPLITS)}")
+        return items
+    return [item for item, names in zip(items, parts, strict=True) if names[0] == split]
 
 
 def _tree(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ groups give the standard errors.
 import json
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,12 @@ class StoredStatistics:
                     mean, cov = file[mu], file[sigma]
                     if mean.dtype.kind != "f" or cov.dtype.kind != "f":
                         raise ValueError(f"{mu}, {sigma} are {mean.dtype}, {cov.dtype}, not floats")
-                    gaussians[name] = Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))
+                    wide = (torch.from_numpy(array.astype(np.float64)) for array in (mean, cov))
+                    gaussians[name] = Gaussian(*wide)
                 if PROTOCOL in keys:
                     protocol = json.loads(str(file[PROTOCOL]))
                     if not isinstance(protocol, dict):
                         raise ValueError(f"{PROTOCOL} is no JSON object")
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"cannot read the statistics of {path}: {error}") from error
         return cls(gaussians, protocol, ADM_IMAGES in keys, str(path))
