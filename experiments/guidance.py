@@ -53,7 +53,8 @@ class Options:
 
 
 class Sweep:
-    """Draws and scores sets in RUN/guidance; every rank calls, and what is there is not redone."""
+    """Draws and scores sets in RUN/guidance. Every rank calls; what is there, and of this model, is
+    not redone."""
 
     def __init__(self, options: Options, world: World):
         self.options, self.world = options, world
@@ -71,16 +72,15 @@ class Sweep:
         drawing = {name: getattr(options, name) for name in names} | {"cfg_scale": scale}
         name = samples_name(self.step, sample_settings(self.config, **drawing))
         path = self.folder / f"{name}-{options.labels}-{options.precision}.npz"
-        if self._missing(path):
-            how = {"labels": options.labels, "precision": options.precision}
-            sample(options.run, out=path, **how, **drawing)
+        how = {"labels": options.labels, "precision": options.precision}
+        sample(options.run, out=path, **how, **drawing)
         return path
 
     def real(self) -> Path:
         """As many training images, a fixed random choice."""
         path = self.folder / f"training-{self.options.num}.npz"
         with self.world.together():
-            if self.world.main:
+            if self.world.main and not path.exists():
                 study.save_training(self.config, self.options.num, path)
         return path
 
@@ -89,15 +89,16 @@ class Sweep:
         options, size = self.options, self.config.data.image_size
         against = f"{Path(self.reference).stem}-{options.split}-{options.extractor}"
         path = images.with_name(f"{images.stem}-to-{against}.json")
-        if self._missing(path):
+        if not self.world.gather(_newer(path, images))[0]:
             named = {"extractor": options.extractor, "weights": options.weights, "out": path}
             if not self.reference.endswith(".npz"):
                 named |= {"image_size": size, "split": options.split}
             evaluate(images, self.reference, **named)
         return json.loads(path.read_text(encoding="utf-8")) if self.world.main else None
 
-    def _missing(self, path: Path) -> bool:
-        return not self.world.gather(path.exists())[0]
+
+def _newer(path: Path, than: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -154,6 +154,22 @@ def test_floors_scale(load):
     assert convolution["memory"] == pytest.approx(45.4, rel=0.02)  # 152 MB
 
 
+def test_a_commit_is_dirty_when_more_than_results_differ(load, monkeypatch, tmp_path):
+    results = tmp_path / "experiments" / "results"
+    results.mkdir(parents=True)
+    (results / "a.json").touch()
+    (tmp_path / "source.py").touch()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init"], ["add", "."], [*who, "commit", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    harness = load("harness")
+    monkeypatch.setattr(harness, "RESULTS", results)
+    (results / "a.json").write_text("{}")
+    clean = harness.commit()
+    (tmp_path / "source.py").write_text("pass")
+    assert len(clean) >= 7 and harness.commit() == clean + "-dirty"
+
+
 def test_a_gpu_is_described(load, monkeypatch):
     driver = pytest.importorskip("cuda.bindings.driver")
     h100 = {  # as its driver states them: kHz, bits

@@ -1,6 +1,7 @@
 """Checkpoints: what is damaged is refused by name, and nothing older is ever lost."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from dis_ssm.checkpoint import (
     CheckpointError,
     clean_drafts,
     complete_checkpoints,
+    drafted,
     load_model,
     load_part,
     load_weights,
@@ -339,3 +341,11 @@ def test_locate_finds_the_run_of_a_checkpoint(tmp_path, model, monkeypatch):
     assert locate(folder) == (tmp_path, folder)
     monkeypatch.chdir(folder.parent)
     assert locate(folder.name)[0] == tmp_path
+
+
+def test_an_error_that_names_no_file_is_told_which(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*set\.npz'"):
+        with drafted(tmp_path / "set.npz") as draft:
+            draft.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(tmp_path) == []

@@ -1,5 +1,6 @@
 """The command line: what a user types, reads and gets back."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dis_ssm import cli, generate, images
+from dis_ssm import cli, distributed, generate, images
 from dis_ssm.checkpoint import load_model, save_checkpoint
 from dis_ssm.cli import main
 from dis_ssm.config import (
@@ -274,6 +275,8 @@ def test_latents_are_drawn_as_numbers_not_as_images(tmp_path, capsys):
     assert main([*flags, "--out", "x.png"]) == 2
     error = capsys.readouterr().err
     assert "latents of 4 channels" in error and ".npz" in error
+    assert main([*flags, "--png"]) == 2
+    assert "--png" in capsys.readouterr().err
     assert main(flags) == 0
     path = Path(capsys.readouterr().out.strip())
     latents = np.load(path)["arr_0"]
@@ -419,8 +422,18 @@ def test_reports_of_folders_are_named_after_the_whole_folder(tmp_path, capsys):
         assert (tmp_path / f"{name}-pixels.json").is_file()
 
 
+def test_a_run_is_scored_by_one_process(run, monkeypatch, capsys):
+    two = dataclasses.replace(distributed.ALONE, size=2)
+    monkeypatch.setattr(cli, "join_world", lambda _: contextlib.nullcontext(two))
+    assert main(["evaluate", str(run)]) == 2
+    assert "one process scores, not 2" in capsys.readouterr().err
+
+
 def test_folders_of_something_else_are_left_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     assert main(["train", "digits", "--out", str(tmp_path)]) == 2
     assert "is not a run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "config.json").rename(tmp_path / "manifest.json")
+    (tmp_path / ".lock").touch()  # as in a cache of latents
+    assert main(["train", "digits", "--out", str(tmp_path)]) == 2

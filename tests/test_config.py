@@ -167,6 +167,12 @@ def test_models_that_cannot_be_built(model, words):
         build_model(resolve(Config(model=model), **DIGITS))
 
 
+def test_a_number_beyond_float_is_named(tmp_path):
+    (tmp_path / "c.json").write_text('{"train": {"lr": 1' + "0" * 400 + "}}")
+    with pytest.raises(ValueError, match=r"train\.lr is too large"):
+        load_config(tmp_path / "c.json")
+
+
 def test_sections_are_frozen():
     for section in (ModelConfig(), DataConfig(), TrainConfig(), SampleConfig(), Config()):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -342,6 +342,11 @@ def test_input_size_must_fit_the_positions():
         ("patch_embed.proj.weight", torch.zeros(0, 4, 2, 2), r"\(0, 4, 2, 2\), expected"),
         ("final_layer.linear.weight", torch.tensor(1.0), r"\(\), expected 2 dimensions"),
         ("mid_block.mixer.A_log", torch.zeros(33, 16), "33 rows, expected a multiple of 32"),
+        (
+            "norm_f.weight",
+            torch.ones(32).to_sparse(),
+            r"layout torch\.sparse_coo, expected a dense",
+        ),
         ("norm_f.weight", torch.ones(32).long(), r"dtype torch\.int64, expected floating point"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -278,5 +279,11 @@ def test_guidance_sweeps_sets_of_one_run(load, study, tmp_path):
     load("guidance").main([*flags, "--scales", "1", "4", "2"])
     after = times(config.out, "guidance/step-*")
     assert before.items() <= after.items() and len(after) == len(before) * 3 // 2
+    shutil.rmtree(config.out / "checkpoints")
+    study.train(study.change(config, train={"seed": 1}))  # another model, at the same step
+    load("guidance").main(flags)
+    redrawn = [point["scores"]["fd_pixels"] for point in json.loads(results.read_text())["points"]]
+    assert not any(p["scores"]["fd_pixels"] in redrawn for p in report["points"])
+    load("guidance").main([*flags, "--scales", "1", "4", "2"])
     assert [p["scale"] for p in json.loads(results.read_text())["points"]] == [1, 4, 2]
     assert Image.open(tmp_path / "guidance.png").size[0] > 1000

@@ -477,6 +477,11 @@ def test_folders_that_are_no_cache_are_left_alone(tmp_path, source, vae_folder):
         quietly(source, tmp_path / "thesis.tex", vae_folder)
     with pytest.raises(CacheError, match=r"is not a cache of latents: manifest\.json is missing"):
         open_cache(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    with pytest.raises(ValueError, match="is not empty and is not a cache"):
+        quietly(source, tmp_path / "run", vae_folder)
+    shutil.rmtree(tmp_path / "run")
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(CacheError, match=r"manifest\.json is damaged: KeyError"):
         open_cache(tmp_path)

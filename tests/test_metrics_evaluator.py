@@ -332,6 +332,21 @@ def test_statistics_that_cannot_be_used(tmp_path):
         StoredStatistics({}).save(tmp_path / "statistics.npy")
 
 
+def test_statistics_of_other_widths_and_damaged_ones(tmp_path):
+    mean, cov = np.arange(3.0), np.eye(3)
+    for i, dtype in enumerate((np.float32, np.longdouble, ">f8")):
+        np.savez(tmp_path / f"{i}.npz", mu=mean.astype(dtype), sigma=cov.astype(dtype))
+        found = StoredStatistics.load(tmp_path / f"{i}.npz").gaussians["pool"]
+        assert found.mean.dtype == torch.float64 and found.mean.tolist() == [0, 1, 2]
+    np.savez_compressed(tmp_path / "c.npz", mu=mean, sigma=np.random.default_rng(0).random((3, 3)))
+    raw = bytearray((tmp_path / "c.npz").read_bytes())
+    start = raw.index(b"mu.npy") + len("mu.npy")
+    raw[start : start + 40] = bytes(40)
+    (tmp_path / "c.npz").write_bytes(raw)
+    with pytest.raises(ValueError, match="cannot read the statistics"):
+        StoredStatistics.load(tmp_path / "c.npz")
+
+
 def test_requests_that_cannot_be_met(tmp_path):
     made, real = pictures(40, 1), pictures(40, 2)
     real.images, real.height, real.width = real.images[:, :, :2, :2], 2, 2

@@ -544,7 +544,7 @@ def test_seeds_reproduce_the_initialisation():
     [{"patch_size": 2.0}, {"depth": 1.0}, {"num_classes": None}, {"input_size": 8.0}],
 )
 def test_counts_are_integers(wrong):
-    with pytest.raises(ValueError, match="must be an integer"):
+    with pytest.raises(ValueError, match="and an integer, got"):
         DiS(**{"input_size": 8, "hidden_size": 16, "depth": 1} | wrong)
     assert DiS(np.int64(8), hidden_size=16, depth=1).input_size == (8, 8)
     with pytest.raises(ValueError, match="unknown model 'None'"):

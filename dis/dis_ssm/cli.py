@@ -287,12 +287,14 @@ def evaluate(
     if out and out.suffix != ".json":
         raise ValueError(f"the report is JSON: give --out a name that ends in .json, not {out}")
     if reference is not None:
-        samples = samples.resolve()
-        name = samples.name if samples.is_dir() else samples.stem
+        if reference.endswith(".npz") and (split != "train" or image_size is not None):
+            raise ValueError(f"{reference} is taken as it is: leave out --split and --image-size")
+        place = samples.absolute()
+        name = place.name if place.is_dir() else place.stem
         return _evaluate_images(
             samples,
             reference,
-            out or samples.with_name(f"{name}-{extractor}.json"),
+            out or place.with_name(f"{name}-{extractor}.json"),
             device,
             extractor=extractor,
             weights=weights,

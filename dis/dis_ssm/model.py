@@ -155,16 +155,15 @@ class DiS(nn.Module):
         super().__init__()
         self.config = config  # rebuilds this model: DiS(**config)
         height, width = (input_size,) * 2 if isinstance(input_size, Number) else input_size
-        counts = dict(height=height, width=width, patch_size=patch_size, depth=depth)
-        for name, count in (counts | dict(num_classes=num_classes)).items():
-            if not isinstance(count, Integral):
-                raise ValueError(f"{name} must be an integer, got {count!r}")
-        _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning)
-        sizes = dict(in_channels=in_channels, hidden_size=hidden_size, d_state=d_state)
-        sizes |= dict(expand=expand, d_conv=d_conv, cond_dim=1 if cond_dim is None else cond_dim)
+        sizes = dict(height=height, width=width, patch_size=patch_size, in_channels=in_channels)
+        sizes |= dict(hidden_size=hidden_size, depth=depth, num_classes=num_classes)
+        sizes |= dict(d_state=d_state, expand=expand, d_conv=d_conv)
+        sizes |= {} if cond_dim is None else dict(cond_dim=cond_dim)
         for name, size in sizes.items():
-            if not isinstance(size, Integral) or size < 1:
-                raise ValueError(f"{name} must be at least 1 and an integer, got {size!r}")
+            least = 0 if name in ("depth", "num_classes") else 1  # an even depth is told why
+            if not isinstance(size, Integral) or size < least:
+                raise ValueError(f"{name} must be at least {least} and an integer, got {size!r}")
+        _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning)
         for name, p in (("class_dropout_prob", class_dropout_prob), ("drop_path", drop_path)):
             if not 0 <= p < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {p}")
@@ -399,14 +398,12 @@ def _check_labels(y: Tensor, rows: int, num_classes: int) -> None:
 
 
 def _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning):
-    if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
+    if height % patch_size or width % patch_size:
         raise ValueError(f"patch_size {patch_size} does not divide the input size {height}x{width}")
-    if depth < 1 or depth % 2 == 0:
+    if depth % 2 == 0:
         raise ValueError(
             f"depth must be odd, got {depth}: shallow and deep blocks pair up around a middle one"
         )
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
     if num_classes and cond_dim is not None:
         raise ValueError("give num_classes or cond_dim, not both")
     for name, value, known in (

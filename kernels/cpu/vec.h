@@ -6,11 +6,9 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;

@@ -91,8 +91,6 @@ def evaluate_samples(
     for name, value in (limits | {"reference_images": reference_images}).items():
         if value < 1:
             raise ValueError(f"{name} is {value}: give at least 1")
-    if str(reference).endswith(".npz") and (split != "train" or image_size is not None):
-        raise ValueError(f"{reference} is taken as it is: leave out split and image_size")
     started = time.perf_counter()
     world = world or World(pick_device())
     with world.together():
