@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -304,10 +305,16 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def drafted(path: Path) -> Iterator[Path]:
-    """A draft beside `path`, which takes its name at the end or, after an error, is removed."""
+    """A draft beside `path`, which takes its name at the end or, after an error, is removed.
+
+    A link is written through; what is no regular file (a device, a pipe) is an OSError. The file
+    has the mode that the umask gives, whoever wrote the draft.
+    """
+    path = _target(path)
     draft = path.with_name(DRAFT + path.name)
     try:
-        yield draft
+        with _usual_mode(draft):
+            yield draft
         os.replace(draft, path)
     except OSError as error:
         if error.filename or not error.errno:
@@ -317,6 +324,24 @@ def drafted(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def _target(path: Path) -> Path:
+    """The file that writing `path` replaces. OSError unless it is regular, or not there yet."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise OSError(f"cannot write {path}: it is {what}")
+    return path
+
+
+@contextlib.contextmanager
+def _usual_mode(path: Path) -> Iterator[None]:
+    """Give `path`, written inside, the mode of a file that open() makes: safetensors' is 0600."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
 def identity(checkpoint: Path) -> str:
     """SHA-256 of a checkpoint's state.json, which has those of all its files."""
     return (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()
@@ -324,6 +349,7 @@ def identity(checkpoint: Path) -> str:
 
 def check_writable(path: Path) -> None:
     """Make the folder of `path`; OSError now if writing it would fail later."""
+    path = _target(path)
     draft = path.with_name(DRAFT + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,8 +357,6 @@ def check_writable(path: Path) -> None:
         draft.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
-    if path.is_dir():
-        raise OSError(f"cannot write {path}: it is a folder")
 
 
 def _step_folders(run: Path) -> list[Path]:
@@ -350,7 +374,8 @@ def _discard(folder: Path) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        with _usual_mode(path):
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     _sync(path)

@@ -1,9 +1,11 @@
 """dis-ssm train | sample | evaluate | encode | info | convert | flops"""
 
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import inspect
+import io
 import os
 import signal
 import sys
@@ -25,6 +27,7 @@ from dis_ssm.checkpoint import (
     write_json,
 )
 from dis_ssm.config import (
+    MOST_IMAGES,
     Config,
     load_config,
     named_configs,
@@ -33,6 +36,7 @@ from dis_ssm.config import (
 from dis_ssm.distributed import RankError, join_world
 from dis_ssm.hf import DEFAULT_VAE
 from dis_ssm.ops.native import BackendError
+from dis_ssm.version import __version__
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, BackendError, RankError)
 INTERRUPTED = 128 + signal.SIGINT
@@ -46,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = arguments[arguments[:1] == ["--"] :]  # keeps torchrun from reading our options
     warnings.showwarning = _print_warning
+    for stream in (sys.stdout, sys.stderr):  # names and formulas in any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         commands = {
             "train": train_command(Config()),
@@ -56,6 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
             "convert": convert,
             "flops": flops,
         }
+        if arguments == ["--version"]:
+            print(f"dis-ssm {__version__}")
+            return 0
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+            near = difflib.get_close_matches(arguments[0], commands, n=1) or commands
+            return _fail(f"unknown command {arguments[0]!r}: did you mean {', '.join(near)}?")
         if arguments[:1] != ["train"]:
             return tyro.extras.subcommand_cli_from_dict(commands, prog="dis-ssm", args=arguments)
         rest, base = arguments[1:], Config()
@@ -232,8 +245,8 @@ def _count(num: int | None, per_class: int | None, classes: int) -> int:
     if per_class is not None and not classes:
         raise ValueError(f"--per-class {per_class}: this model has no classes, give --num")
     wanted = NUM if num is None and per_class is None else (num or (per_class or 0) * classes)
-    if wanted < 1:
-        raise ValueError(f"{wanted} images: ask for 1 or more")
+    if not 1 <= wanted <= MOST_IMAGES:
+        raise ValueError(f"{wanted} images: ask for 1 to {MOST_IMAGES:,}")
     return wanted
 
 
@@ -324,9 +337,9 @@ def evaluate(
         device=device,
         keep=keep,
     )
-    print(format_scores(scores))
     path = out or scores_path(folder, scores)
     write_json(path, scores)
+    print(format_scores(scores))
     print(path)
     return 0
 
@@ -363,8 +376,8 @@ def _evaluate_images(
     with join_world(device) as world:
         report = evaluate_samples(samples, reference, world=world, progress=world.main, **options)
         if world.main:
-            print(format_report(report))
             write_json(out, report)
+            print(format_report(report))
             print(out)
     return 0
 
@@ -491,13 +504,13 @@ def flops(
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'dis-ssm[plot]'")
     found = report(size, channels, classes, models)
-    print(format_report(found))
     if json:
         write_json(json, found)
-        print(json)
     if plot:
         draw(found, plot)
-        print(plot)
+    print(format_report(found))
+    for path in filter(None, (json, plot)):
+        print(path)
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from dis_ssm.attention import DIT, PATCHES, PEERS, build
+from dis_ssm.config import LARGEST_SIDE, MOST_CLASSES
 from dis_ssm.flops import PARTS, Size, count, sketch
 from dis_ssm.hf import dit
 from dis_ssm.model import DiS_models
@@ -173,10 +174,11 @@ def report(
     Raises:
         ValueError: unknown model, or a size that no patch divides.
     """
-    if min(*size, channels) < 1 or classes < 0:
+    sides = (*size, channels)
+    if min(sides) < 1 or max(sides) > LARGEST_SIDE or not 0 <= classes <= MOST_CLASSES:
         raise ValueError(
             f"size {size[0]}x{size[1]}, channels {channels}, classes {classes}: sides and channels "
-            f"must be 1 or more, classes 0 or more"
+            f"must be 1 to {LARGEST_SIDE:,}, classes 0 to {MOST_CLASSES:,}"
         )
     patches = [p for p in PATCHES if not any(side % p for side in size)]
     if not patches:

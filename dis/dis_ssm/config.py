@@ -26,6 +26,13 @@ from dis_ssm.model import DiS, DiS_models, create_model
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
 SIZES = ("hidden_size", "depth", "patch_size")
+MOST_IMAGES = 10**9  # of a set, a batch or a preview
+LARGEST_SIDE = 2**16  # in pixels, cells or channels; also of the widths of a model
+MOST_BLOCKS = 10**4
+MOST_STEPS = 10**12  # of training
+MOST_TIMESTEPS = 10**6  # of the diffusion
+MOST_CLASSES = 10**7
+LARGEST_SEED = 2**63 - 1
 
 
 def _check(section: object, condition: bool, name: str, remedy: str) -> None:
@@ -43,6 +50,14 @@ def _positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _check(section, value is None or value > 0, name, "must be positive")
+
+
+def _at_most(section: object, **limits: int) -> None:
+    for name, limit in limits.items():
+        value = getattr(section, name)
+        values = value if isinstance(value, tuple) else (value,)
+        fits = all(v is None or v <= limit for v in values)
+        _check(section, fits, name, f"must be at most {limit:,}")
 
 
 def _fraction(section: object, *names: str) -> None:
@@ -75,6 +90,11 @@ class ModelConfig:
         _positive(self, *SIZES, "d_state", "expand", "d_conv", "in_channels")
         _fraction(self, "class_dropout_prob", "drop_path")
         _check(self, (self.num_classes or 0) >= 0, "num_classes", "must be 0 or more")
+        sides = self.input_size or (1, 1)
+        _check(self, min(sides) >= 1, "input_size", "sides must be 1 or more")
+        widths = ("hidden_size", "patch_size", "d_state", "expand", "d_conv", "in_channels")
+        _at_most(self, **dict.fromkeys((*widths, "input_size"), LARGEST_SIDE))
+        _at_most(self, depth=MOST_BLOCKS, num_classes=MOST_CLASSES)
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,7 @@ class DiffusionConfig:
 
     def __post_init__(self):
         _positive(self, "num_steps")
+        _at_most(self, num_steps=MOST_TIMESTEPS)
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ class DataConfig:
 
     def __post_init__(self):
         _positive(self, "image_size", "workers")
+        _at_most(self, image_size=LARGEST_SIDE, workers=LARGEST_SIDE)
         _check(self, self.max_corrupt >= 0, "max_corrupt", "must be 0 or more")
 
 
@@ -141,6 +163,8 @@ class TrainConfig:
         _finite(self)
         _positive(self, "steps", "batch_size", "micro_batch_size", "lr", "ema_warmup")
         _positive(self, "max_nonfinite", "log_every", "save_every", "keep")
+        _at_most(self, steps=MOST_STEPS, warmup_steps=MOST_STEPS, seed=LARGEST_SEED)
+        _at_most(self, batch_size=MOST_IMAGES, micro_batch_size=MOST_IMAGES)
         _fraction(self, "ema_decay")
         for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"):
             _check(self, getattr(self, name) >= 0, name, "must be 0 or more")
@@ -167,6 +191,9 @@ class SampleConfig:
     def __post_init__(self):
         _finite(self)
         _positive(self, "num", "steps", "batch_size")
+        _at_most(self, num=MOST_IMAGES, batch_size=MOST_IMAGES, steps=MOST_TIMESTEPS)
+        _at_most(self, seed=LARGEST_SEED, cfg_channels=LARGEST_SIDE)
+        _check(self, (self.cfg_channels or 0) >= 0, "cfg_channels", "must be 0 or more")
         for name in ("every", "eta", "seed"):
             _check(self, getattr(self, name) >= 0, name, "must be 0 or more")
         _check(self, not self.eta or self.sampler == "ddim", "eta", "only ddim has one, set 0")
@@ -189,6 +216,7 @@ class ScoreConfig:
     def __post_init__(self):
         _check(self, self.every >= 0, "every", "must be 0 or more")
         _check(self, self.num >= 2, "num", "must be 2 or more")
+        _at_most(self, num=MOST_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -298,6 +326,7 @@ def resolve(config: Config, *, channels: int, height: int, width: int, num_class
         config, model=dataclasses.replace(model, num_classes=wanted, **found)
     )
     check_guidance(config, config.sample.cfg_scale)
+    check_guided_channels(config, config.sample)
     if config.sample.steps > config.diffusion.num_steps:
         raise ValueError(
             f"sample.steps {config.sample.steps} exceeds diffusion.num_steps "
@@ -311,6 +340,7 @@ def sample_settings(config: Config, **flags: Any) -> SampleConfig:
     given = {name: value for name, value in flags.items() if value is not None}
     settings = dataclasses.replace(config.sample, **given)
     check_guidance(config, settings.cfg_scale)
+    check_guided_channels(config, settings)
     return settings
 
 
@@ -322,6 +352,13 @@ def check_guidance(config: Config, cfg_scale: float) -> None:
             f"cfg_scale {cfg_scale} needs classes and class_dropout_prob > 0, this model has "
             f"{model.num_classes} and {model.class_dropout_prob}: use cfg_scale 1"
         )
+
+
+def check_guided_channels(config: Config, settings: SampleConfig) -> None:
+    """ValueError when more channels are to be guided than the model has."""
+    wanted, there = settings.cfg_channels, config.model.in_channels
+    if wanted is not None and wanted > there:
+        raise ValueError(f"cfg_channels {wanted} exceeds the {there} channels of the model")
 
 
 def pick_device(name: str | None = None) -> torch.device:

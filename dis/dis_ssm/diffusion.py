@@ -163,6 +163,9 @@ class Diffusion:
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = √a_t x0 + √(1 - a_t) noise (Ho et al. 2020, eq. 4); t (B,) integer in [0, T)."""
         self._check(x0, t)
+        if noise.shape != x0.shape:
+            shapes = f"{tuple(x0.shape)}, got {tuple(noise.shape)}"
+            raise ValueError(f"noise must have the shape of x0, {shapes}")
         a, _, _ = self._alpha_bars(t)
         return _like(a.sqrt(), x0) * x0 + _like((1 - a).sqrt(), x0) * noise
 
@@ -221,9 +224,10 @@ class Diffusion:
         """A model's output as (prediction, variance interpolation or None), at least float32.
 
         Raises:
-            ValueError: its shape is not that of x with 2C (learned variance) or C channels.
+            ValueError: it is no tensor (see `tensor_of`), or its shape is not that of x with 2C
+                (learned variance) or C channels.
         """
-        channels = x.shape[1]
+        output, channels = tensor_of(output), x.shape[1]
         wanted = channels * (1 + self.learn_sigma)
         if output.shape != (x.shape[0], wanted, *x.shape[2:]):
             raise ValueError(
@@ -469,6 +473,20 @@ def draw(
     return torch.stack(
         [distribution(shape[1:], generator=g, device=g.device, dtype=dtype) for g in generator]
     ).to(device)
+
+
+def tensor_of(output) -> Tensor:
+    """What a model predicts: a tensor, or the first of a tuple, or `.sample` as in diffusers.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    output = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model returned {type(output).__name__}: return a tensor (B, C, ...)")
+    return output
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

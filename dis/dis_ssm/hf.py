@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 LONGEST_REASON = 200
 ENCODER = ("encoder.", "quant_conv.")  # the weights that latents depend on
 

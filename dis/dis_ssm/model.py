@@ -249,7 +249,8 @@ class DiS(nn.Module):
 
         Args:
             x: (B, C, H, W) noisy input.
-            t: (B,) timestep, integer or float, in the units of training (0 ... T - 1).
+            t: (B,) timestep, integer or float, in the units of training (0 ... T - 1); a number or
+                a tensor () is that of all images.
             y: (B,) labels of any integer dtype (``null_class`` for none), or (B, cond_dim)
                 vectors; None when unconditional.
             keep: (depth, B) bool, the block inputs that stochastic depth spares in training; None
@@ -262,6 +263,8 @@ class DiS(nn.Module):
         Raises:
             ValueError: a shape, dtype or label that the model was not built for.
         """
+        t = torch.as_tensor(t, device=x.device)
+        t = t.expand(len(x)) if t.ndim == 0 else t
         self._check(x, t, y)
         h = rearrange(self.patch_embed(x), "b d h w -> b (h w) d")
         time = self.time_embed(
@@ -313,7 +316,13 @@ class DiS(nn.Module):
             (2B, 2C or C, H, W), both halves alike; unguided and variance channels are the
             conditional pass's.
         """
+        if len(x) % 2 or not len(x):
+            raise ValueError(
+                f"x must hold the same images twice, got {len(x)}: give cat[x, x], y cat[y, null]"
+            )
         x = torch.cat([x.chunk(2)[0]] * 2)
+        t = torch.as_tensor(t, device=x.device)
+        t = t.expand(len(x)) if t.ndim == 0 else t
         conditional, null = self(x, t, y).chunk(2)
         channels = self.in_channels if cfg_channels is None else cfg_channels
         if not 0 <= channels <= self.in_channels:

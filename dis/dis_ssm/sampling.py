@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.diffusion import Diffusion, Generators, Model, check_inputs, draw, working_dtype
+from dis_ssm.diffusion import (
+    Diffusion,
+    Generators,
+    Model,
+    check_inputs,
+    draw,
+    tensor_of,
+    working_dtype,
+)
 from dis_ssm.model import guide, within
 
 SAMPLERS = ("ddpm", "ddim")
@@ -203,9 +211,9 @@ def guided(
             raise ValueError(f"the guidance interval must be (low, high), got {interval}")
     if cfg_scale == 1:
         return model
-    null = null_class
-    if null is None and getattr(model, "has_null_class", True):
-        null = getattr(model, "null_class", None)
+    null, inner = null_class, unwrapped(model)
+    if null is None and getattr(inner, "has_null_class", True):
+        null = getattr(inner, "null_class", None)
 
     def guided_model(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         count = x.shape[1] if channels is None else channels
@@ -215,11 +223,21 @@ def guided(
         inside = within(t, interval)
         if inside is not None and not inside.any():
             return model(x, t, y)
-        output = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls]))
+        output = tensor_of(model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, nulls])))
         conditional, unconditional = output.to(working_dtype(output)).chunk(2)
         return guide(conditional, unconditional, cfg_scale, count, inside)
 
     return guided_model
+
+
+def unwrapped(model: Model) -> Model:
+    """The model inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
+    while not hasattr(model, "null_class"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def _null_like(y: Tensor | None, null: int | Tensor | None, cfg_scale: float) -> Tensor:

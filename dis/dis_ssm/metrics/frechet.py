@@ -28,6 +28,7 @@ class Gaussian:
         self.mean, self.cov = (
             torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean, cov)
         )
+        self.eps = torch.finfo(cov.dtype).eps if _is_float(cov) else torch.finfo(torch.float64).eps
         d = self.mean.numel()
         if self.mean.shape != (d,) or self.cov.shape != (d, d):
             shapes = f"{tuple(self.mean.shape)} and {tuple(self.cov.shape)}"
@@ -37,7 +38,7 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        return _factor(self.cov)
+        return _factor(self.cov, self.eps)
 
     def distance(self, other: "Gaussian") -> float:
         """`frechet_distance`."""
@@ -49,14 +50,20 @@ class Gaussian:
         return max((squared + self.cov.trace() + other.cov.trace() - 2 * cross).item(), 0.0)
 
 
-def _factor(cov: torch.Tensor) -> torch.Tensor:
+def _is_float(cov) -> bool:
+    return isinstance(cov, torch.Tensor) and cov.is_floating_point()
+
+
+def _factor(cov: torch.Tensor, eps: float) -> torch.Tensor:
     """S (d, rank) with cov = S S^T. Eigenvalues within rounding of zero are dropped: their square
-    roots would be 1e-8, not 1e-16, of the largest."""
+    roots would be 1e-8, not 1e-16, of the largest. `eps` is that of the dtype which cov was stored
+    in: a covariance of fewer images than features has eigenvalues below zero by its rounding."""
     if not torch.isfinite(cov).all():
         raise ValueError("the covariance holds non-finite values")
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     rounding = values.abs().max() * len(values) * torch.finfo(cov.dtype).eps
-    if values[0] < -1e3 * rounding:
+    stored = values.abs().max() * len(values) * eps
+    if values[0] < -max(1e3 * rounding, stored):
         raise ValueError(f"not a covariance: it has the eigenvalue {values[0].item():.3g}")
     kept = values > rounding
     return vectors[:, kept] * values[kept].sqrt()

@@ -183,8 +183,8 @@ class StoredStatistics:
                     mean, cov = file[mu], file[sigma]
                     if mean.dtype.kind != "f" or cov.dtype.kind != "f":
                         raise ValueError(f"{mu}, {sigma} are {mean.dtype}, {cov.dtype}, not floats")
-                    wide = (torch.from_numpy(array.astype(np.float64)) for array in (mean, cov))
-                    gaussians[name] = Gaussian(*wide)
+                    gaussians[name] = Gaussian(*map(_tensor, (mean, cov)))
+                    _ = gaussians[name].factor  # whether it is a covariance, before any pass
                 if PROTOCOL in keys:
                     protocol = json.loads(str(file[PROTOCOL]))
                     if not isinstance(protocol, dict):
@@ -192,3 +192,9 @@ class StoredStatistics:
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"cannot read the statistics of {path}: {error}") from error
         return cls(gaussians, protocol, ADM_IMAGES in keys, str(path))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Floats in the byte order of this machine; those that torch does not know become float64."""
+    known = array.dtype.itemsize in (2, 4, 8)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=") if known else np.float64))
