@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import warnings
@@ -44,6 +45,9 @@ FORMAT = 1
 STATE, COMPLETE = "state.json", "COMPLETE"
 WEIGHTS = ("ema", "model")
 DRAFT = ".draft-"
+SHA256 = re.compile(rb"[0-9a-f]{64}")
+STATE_FIELDS = {"format": int, "step": int, "config": dict, "versions": dict, "trainer": dict}
+STATE_FIELDS |= {"files": dict}
 
 
 class CheckpointError(ValueError):
@@ -130,12 +134,33 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is incomplete: {COMPLETE} is missing")
     if not (folder / STATE).is_file():
         raise CheckpointError(f"{folder / STATE} is missing")
-    if _sha256(folder / STATE).encode() != (folder / COMPLETE).read_bytes().strip():
-        raise CheckpointError(f"{folder / STATE} was cut short or altered: its SHA-256 is wrong")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    wanted = (folder / COMPLETE).read_bytes().strip()
+    if not SHA256.fullmatch(wanted):
+        raise CheckpointError(f"{folder / COMPLETE} was cut short or altered: it holds no SHA-256")
+    if _sha256(folder / STATE).encode() != wanted:
+        raise CheckpointError(
+            f"{folder / STATE} was cut short or altered: its SHA-256 is wrong, or {COMPLETE} was"
+        )
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        _check_state(state)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be used: {error}") from error
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}")
     return state
+
+
+def _check_state(state: Any) -> None:
+    """ValueError naming the field of state.json that is missing or of another kind."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, not an object")
+    for name, kind in STATE_FIELDS.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{name!r} is missing, or no {kind.__name__}")
+    for name, entry in state["files"].items():
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise ValueError(f"'files' says no size and sha256 of {name!r}")
 
 
 def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -257,13 +282,18 @@ def start_from(model: DiS, path: str | Path) -> None:
 def locate(path: str | Path) -> tuple[Path, Path]:
     """(RUN, checkpoint folder) of a run, whose newest complete one it is, or of a checkpoint.
 
-    Raises ValueError where there is neither.
+    Raises ValueError where there is neither, CheckpointError where the newest is incomplete.
     """
     path = Path(path)
     if (path / STATE).is_file() or (path / COMPLETE).is_file():
         folder = path.resolve()
         return (folder.parents[1] if folder.parent.name == "checkpoints" else folder), path
     if complete := complete_checkpoints(path):
+        if (newest := _step_folders(path)[-1]) != complete[-1]:
+            raise CheckpointError(
+                f"{newest} is incomplete: {COMPLETE} is missing. Restore it, or name another "
+                f"checkpoint, such as {complete[-1]}"
+            )
         return path, complete[-1]
     raise ValueError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
 

@@ -189,6 +189,11 @@ def sample(
                 f"{run} draws latents of {config.model.in_channels} channels, and showing them "
                 f"needs a VAE: give --vae a folder or hub id, or --out a name that ends in .npz"
             )
+        if not artist.visible and vae is None and world.main:
+            _print_warning(
+                f"{run} draws latents and no VAE is at hand, so they are written as they are: give "
+                f"--vae a folder or hub id for images, or --vae none if this is meant"
+            )
         settings = sample_settings(
             config,
             cfg_scale=cfg_scale,
@@ -524,7 +529,7 @@ def _out_of_memory(error: Exception) -> bool:
     return named or "can't allocate memory" in str(error)  # what PyTorch says on a CPU
 
 
-def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _print_warning(message, *where, **options) -> None:
     print("dis-ssm: warning:", " ".join(str(message).split()), file=sys.stderr)
 
 

@@ -7,9 +7,12 @@ they were made. Until all are there, finished batches lie in the folder NAME.par
 """
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from dis_ssm.checkpoint import drafted, load_model, write_json
 from dis_ssm.config import Config, SampleConfig, build_diffusion
 from dis_ssm.distributed import World
 from dis_ssm.images import VISIBLE_CHANNELS, draw_samples, to_uint8
-from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
+from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder, sha256
 from dis_ssm.runs import locked
 
 NO_VAE = "none"
@@ -124,8 +127,7 @@ def generate(
     parts, record = out.with_suffix(".parts"), out.with_suffix(".json")
     pictures = out.with_suffix("") if png else None
     with world.together():
-        size = out.stat().st_size if out.exists() else None
-        same = _read_plan(record) == _plain(plan | {"bytes": size})
+        same = world.main and _is_whole(out, record, plan)
     if world.gather(same and _pictured(pictures, range(num)))[0]:
         return
     with contextlib.ExitStack() as stack:
@@ -138,14 +140,32 @@ def generate(
         with world.together():
             if world.main:
                 _assemble(out, parts, -(-num // batch_size), num, labels)
-                write_json(record, plan | {"bytes": out.stat().st_size})
+                written = {"bytes": out.stat().st_size, "sha256": sha256(out)}
+                write_json(record, plan | written)
                 shutil.rmtree(parts)
+
+
+def _is_whole(out: Path, record: Path, plan: dict[str, Any]) -> bool:
+    """Whether `out` is the set of `plan`, to the bit; a warning when it was altered since."""
+    found = _read_plan(record)
+    digest = found.pop("sha256", None)  # 0.1.0 noted none
+    size = out.stat().st_size if out.exists() else None
+    if found != _plain(plan | {"bytes": size}):
+        return False
+    if digest in (None, sha256(out)):
+        return True
+    warnings.warn(f"{out} was altered since it was drawn: it is drawn again", stacklevel=3)
+    return False
 
 
 def _draw_set(draw, labels, num, batch_size, parts, pictures, world) -> None:
     batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
-    there = [_part(parts, k).exists() and _pictured(pictures, b) for k, b in enumerate(batches)]
-    missing = world.gather([k for k in range(len(batches)) if not there[k]])[0]
+    missing = []
+    with world.together():
+        for k, batch in enumerate(batches) if world.main else ():
+            if not (_is_intact(_part(parts, k)) and _pictured(pictures, batch)):
+                missing.append(k)
+    missing = world.gather(missing)[0]
     done = num - sum(len(batches[k]) for k in missing)
     bar = tqdm(total=num, initial=done, unit="image", disable=not world.main, mininterval=1)
     with bar:
@@ -160,7 +180,10 @@ def _draw_set(draw, labels, num, batch_size, parts, pictures, world) -> None:
                         images = images.permute(0, 2, 3, 1)
                         _write_pictures(pictures, indices, images)
                     with drafted(_part(parts, turn[world.rank])) as draft, draft.open("wb") as file:
-                        np.save(file, images.contiguous().numpy())
+                        content = io.BytesIO()
+                        np.save(content, images.contiguous().numpy())
+                        file.write(content.getbuffer())
+                        file.write(hashlib.sha256(content.getbuffer()).digest())
                         file.flush()
                         os.fsync(file.fileno())
             bar.update(sum(len(batches[k]) for k in turn))
@@ -204,6 +227,18 @@ def _plain(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _part(parts: Path, k: int) -> Path:
     return parts / f"part-{k:06d}.npy"
+
+
+def _is_intact(part: Path) -> bool:
+    """Whether it ends with the SHA-256 of the array before it; a warning when it was altered."""
+    if not part.exists():
+        return False
+    content = memoryview(part.read_bytes())
+    size = hashlib.sha256().digest_size
+    if hashlib.sha256(content[:-size]).digest() == content[-size:]:
+        return True
+    warnings.warn(f"{part} is damaged: its samples are drawn again", stacklevel=3)
+    return False
 
 
 def _picture(folder: Path, i: int) -> Path:

@@ -303,16 +303,23 @@ def score_path(run: Path, step: int) -> Path:
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a line that was half written ends what can be kept."""
+    """Keep the lines up to `step` that can be read; a warning counts those that are lost, but for
+    a last one, which a kill leaves half-written."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept, lost = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        kept.append(line + "\n")
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines):
+                lost.append(number)
+    if lost:
+        warnings.warn(
+            f"{path}: {len(lost)} lines are damaged and lost, the first is line {lost[0]}",
+            stacklevel=2,
+        )
     with drafted(path) as draft:
         draft.write_text("".join(kept), encoding="utf-8")

@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from dis_ssm.batches import Batch, batches, derive_seed, open_run
 from dis_ssm.checkpoint import (
+    STATE,
+    CheckpointError,
     clean_drafts,
     complete_checkpoints,
     load_part,
@@ -52,6 +54,7 @@ from dis_ssm.preview import Painter, Scorer, Stopped
 from dis_ssm.runs import Gauge, RunLog, StopSignal, exclusive, preview_path, score_path
 
 PARTS = ("model", "ema", "optimizer")
+TRAINER_STATE = ("nonfinite", "nonfinite_in_a_row", "ema_updates", "images", "machine", "meter")
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
 SHOWN = ("loss", "images_per_second", "mfu", "grad_norm", "memory_gb", "data_wait")  # in the bar
 LOGGED = ("loss", "mse", "vb", "grad_norm", *(f"loss_q{i + 1}" for i in range(QUARTERS)))
@@ -71,10 +74,11 @@ def train(config: Config) -> Outcome:
 
     Under torchrun the processes train one model together; the global batch, and so the result to
     rounding, stays the same. A continued run equals an uninterrupted one bit for bit on the same
-    devices, with the same threads and versions; otherwise it continues with a warning. SIGTERM and
-    SIGINT end the current step, save and return. Raises ValueError for settings that contradict the
-    data or the saved run, FloatingPointError after `max_nonfinite` non-finite steps in a row (the
-    state is saved first), CheckpointError when no checkpoint is intact.
+    devices, with the same threads and versions; otherwise it continues with a warning. On a
+    signal of `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError
+    for settings that contradict the data or the saved run, FloatingPointError after
+    `max_nonfinite` non-finite steps in a row (the state is saved first), CheckpointError when no
+    checkpoint is intact.
     """
     with join_world(config.train.device) as world:
         return _run(config, world)
@@ -294,6 +298,8 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     if found is None:
         return {}
     folder, saved = found
+    if lacking := [name for name in TRAINER_STATE if name not in saved["trainer"]]:
+        raise CheckpointError(f"{folder / STATE} lacks trainer.{lacking[0]}: restore it")
     changed = differences(from_dict(saved["config"]), trainer.config)
     if saved["trainer"]["images"] != images:
         changed.append(f"images in data.source: {saved['trainer']['images']} -> {images}")
