@@ -349,16 +349,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         load_quad(rows + (step * STEP + k) * ROW + WARP + lane - q, delta_x[k]);
       }
     };
-    auto kept = [&](auto use) {  // the state that the chunk starts from
-      const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
-#pragma unroll
-      for (int m = 0; m < S; ++m, from += 4 * s.channels)
-#pragma unroll
-        for (int v = 0; v < V; ++v) use(v, m, c4 + v < channels && 4 * m + q < state ? from[v] : 0.0f);
+    const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
+    auto kept = [&](int v, int m) {  // of the state that the chunk starts from
+      return c4 + v < channels && 4 * m + q < state ? from[4 * m * channels + v] : 0.0f;
     };
 
     float h[V][S];
-    kept([&](int v, int m, float value) { h[v][m] = value; });
+#pragma unroll
+    for (int m = 0; m < S; ++m)
+#pragma unroll
+      for (int v = 0; v < V; ++v) h[v][m] = kept(v, m);
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
       load_step(step);
@@ -422,7 +422,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
       load_step(step);
       const float* before = starts + max(step - 1, 0) * START_FLOATS;
       if (step == 0)  // the room of the first start is free by now
-        kept([&](int v, int m, float value) { starts[(m * V + v) * WARP] = value; });
+#pragma unroll
+        for (int m = 0; m < S; ++m)
+#pragma unroll
+          for (int v = 0; v < V; ++v) starts[(m * V + v) * WARP] = kept(v, m);
       __syncwarp();
       // The warp's dB and dC take the place of Delta x: value lane / 4 of dBC is dB of the step's tokens, then dC.
       float* dBC_out = rows + (step * STEP + lane / 4 % STEP) * ROW + WARP + lane / 16 * STATES + q;
