@@ -347,5 +347,6 @@ class _Call:
     def keep_states(self, states: Tensor) -> None:
         """Where the state at the start of each chunk is written to, or read from."""
         states = self._hold(states.contiguous())
+        native.pointer(states, self.states_shape)
         for direction, part in zip(self.scan.direction, states, strict=False):
-            direction.states = native.pointer(part, self.states_shape[1:])
+            direction.states = part.data_ptr()
