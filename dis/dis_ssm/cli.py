@@ -454,11 +454,11 @@ def encode(
 
 
 def info() -> int:
-    """Say which kernels run here, and why."""
-    from dis_ssm.ops import backend_report
+    """Say which kernels run here, and why; fails if DIS_SSM_BACKEND forces one that cannot."""
+    from dis_ssm.ops.backend import backend_report, forced_problem
 
     print("\n".join(backend_report()))
-    return 0
+    return 1 if forced_problem() else 0
 
 
 def convert(

@@ -10,10 +10,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import flop_registry
 
-from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
-from dis_ssm.ops.backend import select
+from dis_ssm.ops import bidirectional_selective_scan, causal_conv1d
+from dis_ssm.ops.backend import refuse_batched_gradients, select
 from dis_ssm.ops.conv import MAX_WIDTH, conv_backward_op, conv_op
 from dis_ssm.ops.scan import scan_backward_op, scan_op
 
@@ -22,7 +24,7 @@ flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.add
 
 
 class Direction(nn.Module):
-    """The parameters of one scan direction.
+    """One scan direction up to the scan itself: convolution, x_proj and dt_proj.
 
     A = -exp(A_log) is float32 even in a half-precision model; the scan computes Δ.
     """
@@ -36,10 +38,22 @@ class Direction(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
 
-    def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (B, L, I) -> dt before bias and softplus (B, L, I), A (I, N), B and C (B, L, N)."""
-        dt, B, C = split(self.x_proj(x), self.A_log)
-        return F.linear(dt, self.dt_proj.weight), rates(self.A_log), B, C
+    def forward(self, x: Tensor, reverse: bool) -> tuple[Tensor | None, ...]:
+        """x (B, L, I) -> the scan's x, dt before softplus (B, L, I), A (I, N), B, C (B, L, N), D
+        and the bias (I,) still to be added to dt, None if it is in it.
+
+        D and the bias are copies: what shards or offloads parameters may take them back after the
+        call.
+        """
+        x = causal_conv1d(x, self.conv_weight, self.conv_bias, reverse=reverse)
+        low, B, C = split(self.x_proj(x), self.A_log)
+        if is_plain(self.dt_proj):
+            dt, bias = F.linear(low, self.dt_proj.weight), self.dt_proj.bias
+            bias = None if bias is None else bias.clone()
+        else:  # the bias is in dt, which autocast must not round then
+            with torch.autocast(low.device.type, enabled=False):
+                dt, bias = self.dt_proj(low.to(dtype_of(self.dt_proj, low.dtype))), None
+        return x, dt, rates(self.A_log), B, C, self.D.clone(), bias
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The parameters in the order of :class:`FusedMixer`."""
@@ -47,6 +61,53 @@ class Direction(nn.Module):
             self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
             self.dt_proj.bias, self.A_log, self.D,
         )  # fmt: skip
+
+
+_LINEAR_FORWARD = nn.Linear.forward
+_PLAIN_TENSORS = frozenset({nn.Parameter, Tensor, FakeTensor})
+
+
+def is_plain(module: nn.Module | None, kind: type = nn.Linear) -> bool:
+    """Whether calling ``module`` computes what ``kind`` does with its parameters.
+
+    False for wrapped, subclassed, parametrised, quantised or hooked modules: these must be called.
+    """
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    return not (
+        "forward" in own
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or _has_any_global_hook()
+        or nn.Linear.forward is not _LINEAR_FORWARD
+    )
+
+
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype ``module`` computes in: that of its first floating-point parameter.
+
+    A wrapper or a quantised module may have no ``weight`` to ask, and a parametrised one would
+    compute it.
+    """
+    if type(module) is nn.Linear:
+        return module.weight.dtype
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+
+
+def _fit(h: Tensor, in_weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether :class:`FusedMixer`'s tensors have the kind and the shapes it takes for granted."""
+    f, b, out_weight = others[:7], others[7:14], others[14]
+    (inner, width), rank, state = f[0].shape, f[3].shape[1], f[5].shape[1]
+    shapes = [(inner, width), (inner,), (rank + 2 * state, inner)]
+    shapes += [(inner, rank), (inner,), (inner, state), (inner,)]
+    return (
+        _PLAIN_TENSORS.issuperset(map(type, (h, in_weight, *others)))
+        and all([t.shape for t in tensors] == shapes for tensors in (f, b))
+        and in_weight.shape[0] == 2 * inner == 2 * out_weight.shape[1]
+    )
 
 
 def rates(A_log: Tensor) -> Tensor:
@@ -81,28 +142,35 @@ class BiMamba(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        f, b = self.forward_scan, self.backward_scan
-        tensors = (h, self.in_proj.weight, *f.tensors(), *b.tensors(), self.out_proj.weight)
-        width = f.conv_weight.shape[1]
-        beyond = f"width {width} > {MAX_WIDTH}" if width > MAX_WIDTH else ""
-        if select(None, *tensors, unsupported=beyond) in ("cpu", "cuda"):
-            save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            return FusedMixer.apply(*tensors, save)
+        if self._only_parameters_matter():
+            f, b = self.forward_scan.tensors(), self.backward_scan.tensors()
+            tensors = (h, self.in_proj.weight, *f, *b, self.out_proj.weight)
+            width = f[0].shape[1]
+            beyond = f"width {width} > {MAX_WIDTH}" if width > MAX_WIDTH else ""
+            if _fit(*tensors) and select(None, *tensors, unsupported=beyond) in ("cpu", "cuda"):
+                save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+                return FusedMixer.apply(*tensors, save)
         return self.op_by_op(h)
 
-    def op_by_op(self, h: Tensor) -> Tensor:
-        """:meth:`forward` for every backend, dtype and order of derivative."""
-        f, b = self.forward_scan, self.backward_scan
-        x, z = self.in_proj(h).chunk(2, dim=-1)
-        x_f, x_b = bidirectional_causal_conv1d(
-            x, f.conv_weight, b.conv_weight, f.conv_bias, b.conv_bias
+    def _only_parameters_matter(self) -> bool:
+        """Whether no module in here needs to be called."""
+        own = self._modules
+        f, b = own.get("forward_scan"), own.get("backward_scan")
+        if not (is_plain(f, Direction) and is_plain(b, Direction)):
+            return False
+        f, b = f._modules, b._modules
+        projections = [own.get("in_proj"), own.get("out_proj"), f.get("x_proj"), b.get("x_proj")]
+        return all(map(is_plain, (*projections, f.get("dt_proj"), b.get("dt_proj")))) and not any(
+            linear.bias is not None for linear in projections
         )
-        dt_f, A_f, B_f, C_f = f.scan_inputs(x_f)
-        dt_b, A_b, B_b, C_b = b.scan_inputs(x_b)
-        y = bidirectional_selective_scan(
-            x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, f.D, b.D, z,
-            f.dt_proj.bias, b.dt_proj.bias,
-        )  # fmt: skip
+
+    def op_by_op(self, h: Tensor) -> Tensor:
+        """:meth:`forward` by calling each module: for every backend, dtype, order of derivative,
+        and for modules with hooks, wrappers or weights that are computed."""
+        x, z = self.in_proj(h).chunk(2, dim=-1)
+        f, b = self.forward_scan(x, reverse=False), self.backward_scan(x, reverse=True)
+        pairs = (t for pair in zip(f[:6], b[:6], strict=True) for t in pair)
+        y = bidirectional_selective_scan(*pairs, z, f[6], b[6])
         return self.out_proj(y)
 
 
@@ -128,6 +196,7 @@ class FusedMixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor):
+        refuse_batched_gradients(dout)
         h, xz, projected_f, projected_b, pregate, states, *parameters = ctx.saved_tensors
         in_weight, f, b, out_weight = _unpack(parameters)
         x, z = xz.chunk(2, dim=-1)

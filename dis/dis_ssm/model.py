@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dis_ssm.mixer import BiMamba, Direction
+from dis_ssm.mixer import BiMamba, Direction, dtype_of
 from dis_ssm.ops.norm import add_rms_norm
 
 SKIPS = ("concat", "add", "none")
@@ -89,7 +89,7 @@ class Block(nn.Module):
             residual = h.to(wide) if residual is None else residual + h
             scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
             normed = scale * self.norm(residual) + shift
-        return self.mixer(normed.to(self.mixer.in_proj.weight.dtype)), residual
+        return self.mixer(normed.to(dtype_of(self.mixer.in_proj, normed.dtype))), residual
 
 
 class Decoder(nn.Module):
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         if self.modulation is not None:
             shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
             h = h * (1 + scale) + shift
-        return self.linear(h.to(self.linear.weight.dtype))
+        return self.linear(h.to(dtype_of(self.linear, h.dtype)))
 
 
 class DiS(nn.Module):
@@ -268,7 +268,7 @@ class DiS(nn.Module):
         self._check(x, t, y)
         h = rearrange(self.patch_embed(x), "b d h w -> b (h w) d")
         time = self.time_embed(
-            timestep_features(t, self.hidden_size, self.time_embed[0].weight.dtype)
+            timestep_features(t, self.hidden_size, dtype_of(self.time_embed, x.dtype))
         )
         label = self._embed_condition(y)
         condition = time if label is None else time + label
@@ -332,12 +332,13 @@ class DiS(nn.Module):
 
     def _embed_condition(self, y: Tensor | None) -> Tensor | None:
         if self.cond_embed is not None:
-            return self.cond_embed(y.to(self.cond_embed.weight.dtype))
+            return self.cond_embed(y.to(dtype_of(self.cond_embed, self.pos_embed.dtype)))
         if self.class_embed is None:
             return None
         y = y.long()
         if self.training and self.has_null_class and self.class_dropout_prob > 0:
-            drop = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
+            drop = torch.rand(y.shape, device=y.device, dtype=torch.float32)
+            drop = drop < self.class_dropout_prob
             y = torch.where(drop, self.null_class, y)
         return self.class_embed(y)
 
@@ -347,7 +348,7 @@ class DiS(nn.Module):
             raise ValueError(
                 f"x must be (batch, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
             )
-        weights = self.patch_embed.weight.dtype
+        weights = dtype_of(self.patch_embed, x.dtype)
         if x.dtype != weights and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x is {x.dtype} and the model {weights}: give x.to({weights})")
         if t.shape != x.shape[:1]:
@@ -398,6 +399,8 @@ def _check_labels(y: Tensor, rows: int, num_classes: int) -> None:
         raise ValueError(f"labels must be integers, got {y.dtype}")
     if y.device.type != "cpu" or type(y) is not Tensor or torch.compiler.is_compiling():
         return  # the embedding itself traps; a check here would wait for the device
+    if torch._C._functorch.is_functorch_wrapped_tensor(y):
+        return  # its numbers are not to be seen inside a transform
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < rows:
         wrong = int(y[(y < 0) | (y >= rows)][0])
         hint = ""
@@ -480,7 +483,9 @@ def _init_direction(d: Direction) -> None:
     # Δ between 0.001 and 0.1, its logarithm uniform
     dt = torch.empty_like(d.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     d.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-    d.A_log.copy_(torch.arange(1, d.A_log.shape[1] + 1).log().expand_as(d.A_log))
+    d.A_log.copy_(
+        torch.arange(1, d.A_log.shape[1] + 1, dtype=torch.float32).log().expand_as(d.A_log)
+    )
     nn.init.ones_(d.D)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dis_ssm.ops import cuda, native, peer
-
-log = logging.getLogger("dis_ssm")
+from dis_ssm.ops import cache, cuda, native, peer
+from dis_ssm.ops.cache import say_once
 
 BACKENDS = ("reference", "cpu", "cuda", "mamba_ssm")
 
@@ -37,13 +35,24 @@ def _why_not(backend: str) -> str | None:
 def _ready(backend: str) -> bool:
     if reason := _why_not(backend):
         where = "CPU" if backend == "cpu" else "GPU"
-        _say_once(f"running the PyTorch reference, far slower than the {where} kernel: {reason}")
+        say_once(f"running the PyTorch reference, far slower than the {where} kernel: {reason}")
     return reason is None
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning("dis_ssm: %s", message)
+@_constant
+def _functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _other_derivatives(tensors: tuple[Tensor | None, ...]) -> str:
+    """What the kernels have no derivative for, if it is asked for."""
+    if _functorch():
+        return "torch.func's transforms"
+    if forward_ad._current_level >= 0:
+        pairs = (forward_ad.unpack_dual(t) for t in tensors if t is not None)
+        if any(pair.tangent is not None for pair in pairs):
+            return "forward-mode derivatives"
+    return ""
 
 
 def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: str = "") -> str:
@@ -62,15 +71,14 @@ def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: 
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     double = any(t is not None and t.dtype is torch.float64 for t in (x, *others))
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        unsupported = unsupported or "torch.func's transforms"
+    unsupported = unsupported or _other_derivatives((x, *others))
     kernel = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(x.device.type)
     if backend is None:
         if kernel and not double and _ready(kernel):
             if not unsupported:
                 return kernel
             if not torch.compiler.is_compiling():
-                _say_once(f"running the PyTorch reference: the kernel does not do {unsupported}")
+                say_once(f"running the PyTorch reference: the kernel does not do {unsupported}")
         return "reference"
     if backend == "reference":
         return backend
@@ -96,6 +104,31 @@ def no_second_derivative(ctx, *grads):
     )
 
 
+def refuse_batched_gradients(*grads: Tensor | None) -> None:
+    """At the head of a kernel's backward, which vmap may hand several gradients at once."""
+    if torch.compiler.is_compiling():
+        return
+    keys = [torch._C._dispatch_keys(grad) for grad in grads if grad is not None]
+    if any(key.has(batched) for key in keys for batched in _BATCHED):
+        raise NotImplementedError(
+            "the kernels take no batched gradients (is_grads_batched, vectorize): use "
+            "backend='reference', or DIS_SSM_BACKEND=reference for the whole process"
+        )
+
+
+_BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorchBatched")]
+
+
+def forced_problem() -> str | None:
+    """Why the backend that ``$DIS_SSM_BACKEND`` forces cannot run; None if it can, or none is."""
+    forced = _forced()
+    if forced in (None, "reference"):
+        return None
+    if forced not in BACKENDS:
+        return f"unknown, choose one of {', '.join(BACKENDS)}"
+    return _why_not(forced)
+
+
 def backend_report() -> list[str]:
     """What runs by default and why, then one line per backend: where it runs, or what it lacks."""
     reasons = {backend: _why_not(backend) for backend in ("cuda", "cpu", "mamba_ssm")}
@@ -114,11 +147,9 @@ def backend_report() -> list[str]:
         else:
             lines.append("mamba_ssm: for comparison; never chosen by itself")
     lines.append("reference: plain PyTorch, every device and dtype")
-    lines.append(f"compiled kernels are kept in {native.cache_dir()}")
+    lines.append(cache.report())
     if forced := _forced():
-        reason = f"unknown, choose one of {', '.join(BACKENDS)}"
-        if forced in BACKENDS:
-            reason = reasons.get(forced)
+        reason = forced_problem()
         refused = f" and cannot run: {reason}" if reason else ""
         lines.insert(0, f"DIS_SSM_BACKEND={forced} is forced{refused}")
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dis_ssm.ops import cuda, native, peer
-from dis_ssm.ops.backend import no_second_derivative, select
+from dis_ssm.ops.backend import no_second_derivative, refuse_batched_gradients, select
 
 MAX_WIDTH = 4  # of the native kernel
 
@@ -131,9 +131,9 @@ def conv_op(
 ) -> list[Tensor]:
     """Direction f (reversed if ``reverse``), and b against it when weight_b is given."""
     call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    outputs = [torch.empty(x.shape, dtype=torch.float32) for _ in range(call.conv.directions)]
+    outputs = [native.empty(x.shape) for _ in range(call.conv.directions)]
     for direction, y in zip(call.conv.direction, outputs, strict=False):
-        direction.y = native.pointer(y)
+        direction.y = native.pointer(y, x.shape)
     native.run("conv_forward", call.conv)
     return [y.to(x.dtype) for y in outputs]
 
@@ -161,13 +161,13 @@ def conv_backward_op(
     """The gradients of x, weight_f, bias_f, weight_b, bias_b; empty where one was None."""
     inputs = (x, weight_f, bias_f, weight_b, bias_b)
     call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    grads = [None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in inputs]
-    call.conv.dx = native.pointer(grads[0])
+    grads = [None if t is None else native.empty(t.shape) for t in inputs]
+    call.conv.dx = native.pointer(grads[0], x.shape)
     for i, dy in enumerate((dy_f, dy_b)[: call.conv.directions]):
         direction = call.conv.direction[i]
-        direction.dy = native.rows(call.hold(native.float_rows(dy)))
-        direction.dweight = native.pointer(grads[1 + 2 * i])
-        direction.dbias = native.pointer(grads[2 + 2 * i])
+        direction.dy = native.rows(call.hold(native.float_rows(dy)), x.shape)
+        direction.dweight = native.pointer(grads[1 + 2 * i], weight_f.shape)
+        direction.dbias = native.pointer(grads[2 + 2 * i], x.shape[2:])
     native.run("conv_backward", call.conv)
     return [
         x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
@@ -189,6 +189,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dys):
+    refuse_batched_gradients(*dys)
     x, *parameters = ctx.saved_tensors
     dys = [torch.zeros_like(x) if dy is None else dy for dy in dys]
     grads = conv_backward_op(
@@ -220,15 +221,18 @@ class _Call:
         batch, length, channels = x.shape
         directions = 1 if weights[1] is None else 2
         self.keep = []
-        self.conv = native.Conv(batch, length, channels, weights[0].shape[1], directions, silu)
-        self.conv.x = native.rows(self.hold(native.float_rows(x)))
+        width = weights[0].shape[1]
+        self.conv = native.Conv(batch, length, channels, width, directions, silu)
+        self.conv.x = native.rows(self.hold(native.float_rows(x)), x.shape)
         for i in range(directions):
             weight, bias = (
                 None if t is None else self.hold(t.float().contiguous())
                 for t in (weights[i], biases[i])
             )
             self.conv.direction[i] = native.ConvDirection(
-                native.pointer(weight), native.pointer(bias), reverse=(i == 1) != reverse
+                native.pointer(weight, (channels, width)),
+                native.pointer(bias, (channels,)),
+                reverse=(i == 1) != reverse,
             )
 
     def hold(self, t: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 The sources in ``kernels/cpu`` have a plain C interface, so they need neither torch's headers nor
 its ABI: one compiler call of a few seconds serves every torch. The library is kept in
-``$DIS_SSM_CACHE`` (default ``dis_ssm`` in ``$XDG_CACHE_HOME`` or ``~/.cache``) under a name that
-hashes sources, flags and instruction set, so machines of different kinds can share the folder.
+:mod:`dis_ssm.ops.cache` under a name that hashes sources, flags and instruction set, so that one
+user's machines of different kinds can share the folder.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger("dis_ssm")
+from dis_ssm.ops import cache
+from dis_ssm.ops.cache import cache_dir  # noqa: F401 (for ops.cuda)
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cpu"
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math".split()
@@ -32,7 +31,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma".split(),
     "baseline": [],
 }
-_DIGEST = hashlib.sha256().digest_size
+CHUNK = 32  # tokens between two kept states of the scan; scan.cpp's
 
 
 class BackendError(RuntimeError):
@@ -49,16 +48,6 @@ def instruction_set() -> str:
     return capability if capability in ISA_FLAGS else "baseline"
 
 
-def cache_dir() -> Path:
-    """Where compiled kernels are kept; a folder of this process's own where there is no home."""
-    try:
-        if folder := os.environ.get("DIS_SSM_CACHE"):
-            return Path(folder).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dis_ssm"
-    except RuntimeError:
-        return Path(_private_folder().name)
-
-
 def _compiler() -> list[str]:
     if command := os.environ.get("CXX"):
         return shlex.split(command)
@@ -69,42 +58,61 @@ def _compiler() -> list[str]:
 
 
 def _compile(isa: str, target: Path) -> None:
-    """Compiles to a neighbour of ``target`` and renames, with the file's SHA-256 as a trailer."""
     compiler = _compiler()
-    fd, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(fd)
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    for openmp in (["-fopenmp"], []):
+        command = [*compiler, *FLAGS, *ISA_FLAGS[isa], *openmp, *sources, "-o", str(target)]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            raise BackendError(f"cannot run the compiler {compiler[0]!r}: {error}") from None
+        if result.returncode == 0:
+            return
+    reason = " / ".join(result.stderr.strip().splitlines()[-2:])
+    raise BackendError(
+        f"{compiler[0]} could not compile the CPU kernels: {reason}; "
+        "set CXX to another compiler and try again"
+    )
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library with its functions declared; OSError if it is not what the sources say."""
+    lib = ctypes.CDLL(str(path))
     try:
-        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-        for openmp in (["-fopenmp"], []):
-            command = [*compiler, *FLAGS, *ISA_FLAGS[isa], *openmp, *sources, "-o", name]
+        for name in ("scan", "conv", "norm"):
+            for direction in ("forward", "backward"):
+                function = getattr(lib, f"dis_ssm_{name}_{direction}")
+                function.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        numbers = (ctypes.c_int64, ctypes.c_float, ctypes.c_int64)
+        lib.dis_ssm_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *numbers]
+        lib.dis_ssm_chunk.restype = ctypes.c_int64
+        chunk = lib.dis_ssm_chunk()
+    except AttributeError as error:
+        raise OSError(str(error)) from None
+    if chunk != CHUNK:
+        raise OSError(f"its chunks are {chunk} tokens, not {CHUNK}")
+    return lib
+
+
+def _build(isa: str, path: Path) -> ctypes.CDLL:
+    """Compiles the library to ``path``, where it appears only if it loads."""
+    try:
+        with cache.draft(path) as unfinished:
+            _compile(isa, unfinished)
             try:
-                result = subprocess.run(command, capture_output=True, text=True)
+                return _open(unfinished)
             except OSError as error:
-                raise BackendError(f"cannot run the compiler {compiler[0]!r}: {error}") from None
-            if result.returncode == 0:
-                break
-        else:
-            reason = " / ".join(result.stderr.strip().splitlines()[-2:])
-            raise BackendError(f"{compiler[0]} could not compile the CPU kernels: {reason}")
-        with open(name, "r+b") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _intact(path: Path) -> bool:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
+                raise BackendError(
+                    f"what {_compiler()[0]} made of the CPU kernels does not load: {error}; "
+                    "set CXX to a C++ compiler and try again"
+                ) from None
+    except OSError as error:
+        raise BackendError(f"cannot write the CPU kernels to {path.parent}: {error}") from None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """The compiled kernels. A failure is not kept: the next call tries again.
 
     Raises:
         BackendError: there is no compiler, or it failed.
@@ -115,46 +123,26 @@ def library() -> ctypes.CDLL:
     key = hashlib.sha256(" ".join([*FLAGS, *ISA_FLAGS[isa], platform.machine()]).encode())
     for path in sorted(SOURCES.iterdir()):
         key.update(path.name.encode() + path.read_bytes())
-    name = f"cpu-{isa}-{key.hexdigest()[:16]}.so"
-    folder = cache_dir()
-    path = folder / name
-    if not _intact(path):
+    path, data = cache.find(f"cpu-{isa}-{key.hexdigest()[:16]}.so")
+    if data is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(f"{folder} is not writable")
+            return _open(path)
         except OSError as error:
-            log.warning(
-                "dis_ssm: cannot cache compiled kernels (%s); using a temporary folder", error
-            )
-            folder = Path(_private_folder().name)
-        path = folder / name
-        try:
-            _compile(isa, path)
-        except OSError as error:
-            raise BackendError(f"cannot write the compiled kernels to {folder}: {error}") from None
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"cannot load {path}: {error}; delete it to rebuild") from None
-    for name in ("scan", "conv", "norm"):
-        for direction in ("forward", "backward"):
-            function = getattr(lib, f"dis_ssm_{name}_{direction}")
-            function.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    numbers = (ctypes.c_int64, ctypes.c_float, ctypes.c_int64)
-    lib.dis_ssm_exp2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *numbers]
-    lib.dis_ssm_chunk.restype = ctypes.c_int64
-    return lib
+            cache.say_once(f"{path} does not load ({error}) and is compiled anew")
+    return _build(isa, path)
 
 
-@functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="dis_ssm-")
-
-
-@functools.cache
 def why_not() -> str | None:
-    """None if the native kernels run here, else the reason."""
+    """None if the native kernels run here, else the reason.
+
+    A failure is remembered in this process for the compiler that failed, as ``$CXX`` and ``$PATH``
+    name it, and not on disk.
+    """
+    return _why_not(os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@functools.cache
+def _why_not(cxx: str | None, path: str | None) -> str | None:
     try:
         library()
     except BackendError as error:
@@ -176,7 +164,8 @@ def run(function: str, arguments: ctypes.Structure) -> None:
     code = kernel(ctypes.byref(arguments), torch.get_num_threads())
     if code == 1:
         raise MemoryError(f"{function} ran out of memory")
-    assert code == 0, f"{function} returned {code}"
+    if code:
+        raise RuntimeError(f"{function} returned {code}")
 
 
 def float_rows(x: Tensor) -> Tensor:
@@ -185,18 +174,36 @@ def float_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def rows(x: Tensor | None) -> Rows:
-    """A (batch, length, channels) float32 tensor whose last stride is 1."""
+def empty(shape: tuple[int, ...]) -> Tensor:
+    """Memory that a kernel will fill."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def rows(x: Tensor | None, shape: tuple[int, ...]) -> Rows:
+    """A (batch, length, channels) float32 tensor of this shape whose last stride is 1."""
     if x is None:
         return Rows(None, 0, 0)
-    assert x.dtype is torch.float32 and (x.stride(-1) == 1 or x.shape[-1] <= 1)
+    _check(x, shape, x.stride(-1) == 1 or shape[-1] <= 1)
     return Rows(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """A contiguous float32 tensor."""
-    assert x is None or (x.dtype is torch.float32 and x.is_contiguous())
-    return None if x is None else x.data_ptr()
+def pointer(x: Tensor | None, shape: tuple[int, ...]) -> int | None:
+    """A contiguous float32 tensor of this shape."""
+    if x is None:
+        return None
+    _check(x, shape, x.is_contiguous())
+    return x.data_ptr()
+
+
+def _check(x: Tensor, shape: tuple[int, ...], dense: bool) -> None:
+    """What a kernel may read and write depends on it: raised, never asserted."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or not dense:
+        kind = f"{x.dtype} on {x.device} with strides {x.stride()}"
+        raise RuntimeError(f"a CPU kernel takes dense float32 tensors, got {kind}")
+    if x.shape != shape:
+        raise ValueError(f"a CPU kernel got shape {tuple(x.shape)} where {tuple(shape)} is needed")
+    if x.numel() and not x.data_ptr():
+        raise ValueError("a tensor's memory has been freed, by what shards or offloads it")
 
 
 class Rows(ctypes.Structure):

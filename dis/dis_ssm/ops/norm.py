@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dis_ssm.ops import native
-from dis_ssm.ops.backend import no_second_derivative, select
+from dis_ssm.ops.backend import no_second_derivative, refuse_batched_gradients, select
 
 
 def add_rms_norm(
@@ -43,10 +43,12 @@ def add_rms_norm_reference(h, residual, weight, eps=1e-5) -> tuple[Tensor, Tenso
 def norm_op(h: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
     """normed, stream and rstd (...,), float32."""
     held = [None if t is None else t.float().contiguous() for t in (h, residual, weight)]
-    normed, stream = (torch.empty(h.shape, dtype=torch.float32) for _ in range(2))
-    rstd = torch.empty(h.shape[:-1], dtype=torch.float32)
-    call = native.Norm(rstd.numel(), h.shape[-1], eps, *map(native.pointer, held))
-    call.stream, call.normed, call.rstd = map(native.pointer, (stream, normed, rstd))
+    normed, stream = native.empty(h.shape), native.empty(h.shape)
+    rstd = native.empty(h.shape[:-1])
+    shapes = (h.shape, h.shape, h.shape[-1:])
+    call = native.Norm(rstd.numel(), h.shape[-1], eps, *map(native.pointer, held, shapes))
+    call.stream, call.normed = native.pointer(stream, h.shape), native.pointer(normed, h.shape)
+    call.rstd = native.pointer(rstd, h.shape[:-1])
     native.run("norm_forward", call)
     return [normed, stream, rstd]
 
@@ -64,11 +66,12 @@ def norm_backward_op(
     """The gradient of h and of residual, which is the same, and that of weight; float32."""
     grads = [None if t is None else t.float().contiguous() for t in (dnormed, dstream)]
     weight = weight.float().contiguous()
-    dx, dweight = torch.empty_like(stream), torch.empty_like(weight)
-    call = native.Norm(rstd.numel(), stream.shape[-1], weight=native.pointer(weight))
-    call.stream, call.rstd = native.pointer(stream), native.pointer(rstd)
-    call.dnormed, call.dstream = map(native.pointer, grads)
-    call.dx, call.dweight = native.pointer(dx), native.pointer(dweight)
+    full, width = stream.shape, stream.shape[-1:]
+    dx, dweight = native.empty(full), native.empty(width)
+    call = native.Norm(rstd.numel(), stream.shape[-1], weight=native.pointer(weight, width))
+    call.stream, call.rstd = native.pointer(stream, full), native.pointer(rstd, full[:-1])
+    call.dnormed, call.dstream = (native.pointer(grad, full) for grad in grads)
+    call.dx, call.dweight = native.pointer(dx, full), native.pointer(dweight, width)
     native.run("norm_backward", call)
     return [dx, dweight]
 
@@ -86,6 +89,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grads):
+    refuse_batched_gradients(*grads)
     dnormed, dstream, _ = grads
     stream, rstd, weight = ctx.saved_tensors
     dnormed = torch.zeros_like(stream) if dnormed is None else dnormed

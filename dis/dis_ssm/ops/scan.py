@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dis_ssm.ops import cuda, native, peer
-from dis_ssm.ops.backend import no_second_derivative, select
+from dis_ssm.ops.backend import no_second_derivative, refuse_batched_gradients, select
 
 
 def selective_scan(
@@ -196,12 +196,13 @@ def scan_op(
     """
     inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
     call = _Call(inputs, dt_softplus, reverse)
-    out = torch.empty(x_f.shape, dtype=torch.float32)
-    pregate = torch.empty(x_f.shape if save and z is not None else 0, dtype=torch.float32)
-    states = call.states(save)
-    call.scan.out = native.pointer(out)
-    if pregate.numel():
-        call.scan.pregate = native.pointer(pregate)
+    out = native.empty(x_f.shape)
+    pregate = native.empty(x_f.shape if save and z is not None else (0,))
+    states = native.empty(call.states_shape if save else (0,))
+    call.scan.out = native.pointer(out, x_f.shape)
+    if save:
+        call.keep_states(states)
+        call.scan.pregate = None if z is None else native.pointer(pregate, x_f.shape)
     native.run("scan_forward", call.scan)
     return out.to(x_f.dtype), pregate, states
 
@@ -244,16 +245,17 @@ def scan_backward_op(
 ) -> list[Tensor]:
     """The gradients of :func:`scan_op`'s fifteen tensors, in order; empty where one was None."""
     inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
-    call = _Call(inputs, dt_softplus, reverse, states)
+    call = _Call(inputs, dt_softplus, reverse)
+    call.keep_states(states)
     dout, pregate = native.float_rows(dout), pregate.contiguous()
-    grads = [None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in inputs]
-    call.scan.dout = native.rows(dout)
-    call.scan.pregate = native.pointer(pregate) if pregate.numel() else None
-    call.scan.dz = native.pointer(grads[14])
+    grads = [None if t is None else native.empty(t.shape) for t in inputs]
+    call.scan.dout = native.rows(dout, x_f.shape)
+    call.scan.pregate = None if z is None else native.pointer(pregate, x_f.shape)
+    call.scan.dz = native.pointer(grads[14], x_f.shape)
     names = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")
     for direction, group in zip(call.scan.direction, (grads[:7], grads[7:14]), strict=True):
-        for name, grad in zip(names, group, strict=True):
-            setattr(direction, name, native.pointer(grad))
+        for name, grad, shape in zip(names, group, call.shapes, strict=True):
+            setattr(direction, name, native.pointer(grad, shape))
     native.run("scan_backward", call.scan)
     return [
         x_f.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
@@ -279,7 +281,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 18
-    assert ctx.saved, "the states for the backward pass were not kept"
+    if not ctx.saved:
+        raise RuntimeError("the states for the backward pass were not kept")
+    refuse_batched_gradients(dout)
     pregate, states, *tensors = ctx.saved_tensors
     grads = scan_backward_op(dout, pregate, states, *tensors, ctx.dt_softplus, ctx.reverse)
     needs = ctx.needs_input_grad[:15]
@@ -306,50 +310,43 @@ def _(dout, pregate, states, x, dt, A, B, C, D, bias, x_b, *args, **kwargs) -> i
     return (1 if x_b is None else 2) * _BACKWARD_FLOPS * batch * length * channels * A[1]
 
 
-CHUNK = 32  # tokens between two kept states; scan.cpp's
+CHUNK = native.CHUNK
 
 
 class _Call:
     """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
 
-    def __init__(
-        self, inputs: tuple, dt_softplus: bool, reverse: bool, states: Tensor | None = None
-    ):
+    def __init__(self, inputs: tuple, dt_softplus: bool, reverse: bool):
         x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
         batch, length, channels = x.shape
-        directions = 1 if x_b is None else 2
-        self.scan = native.Scan(batch, length, channels, A.shape[1], directions, dt_softplus)
+        state, directions = A.shape[1], 1 if x_b is None else 2
+        token = (batch, length, state)
+        vector = (channels,)
+        self.shapes = (x.shape, x.shape, (channels, state), token, token, vector, vector)
+        self.states_shape = (directions, batch, -(-length // CHUNK), state, channels)
+        self.scan = native.Scan(batch, length, channels, state, directions, dt_softplus)
         self.keep = []
         for i in range(directions):
-            x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
+            given = list(zip(inputs[7 * i : 7 * i + 7], self.shapes, strict=True))
+            rows = [native.rows(self._hold(native.float_rows(t)), s) for t, s in given[:2]]
+            rows += [native.rows(self._hold(native.float_rows(t)), s) for t, s in given[3:5]]
+            vectors = [native.pointer(self._vector(t), s) for t, s in (given[2], *given[5:])]
             self.scan.direction[i] = native.ScanDirection(
-                *(native.rows(self._hold(native.float_rows(t))) for t in (x, dt, B, C)),
-                *(native.pointer(self._hold(self._vector(t))) for t in (A, D, bias)),
-                reverse=(i == 1) != reverse,
+                *rows, *vectors, reverse=(i == 1) != reverse
             )
-        self.scan.z = native.rows(None if z is None else self._hold(native.float_rows(z)))
-        if states is not None:
-            self._set_states(states)
+        z = None if z is None else self._hold(native.float_rows(z))
+        self.scan.z = native.rows(z, x.shape)
 
-    def _hold(self, t: Tensor | None) -> Tensor | None:
+    def _hold(self, t: Tensor) -> Tensor:
         self.keep.append(t)
         return t
 
-    @staticmethod
-    def _vector(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.float().contiguous()
+    def _vector(self, t: Tensor | None) -> Tensor | None:
+        return None if t is None else self._hold(t.float().contiguous())
 
-    def states(self, save: bool) -> Tensor:
-        if not save:
-            return torch.empty(0)
-        s = self.scan
-        assert native.library().dis_ssm_chunk() == CHUNK
-        chunks = -(-s.length // CHUNK)
-        states = torch.empty(s.directions, s.batch, chunks, s.state, s.channels)
-        self._set_states(states)
-        return states
-
-    def _set_states(self, states: Tensor) -> None:
+    def keep_states(self, states: Tensor) -> None:
+        """Where the state at the start of each chunk is written to, or read from."""
         states = self._hold(states.contiguous())
-        for i in range(self.scan.directions):
-            self.scan.direction[i].states = native.pointer(states[i])
+        native.pointer(states, self.states_shape)
+        for direction, part in zip(self.scan.direction, states, strict=False):
+            direction.states = part.data_ptr()
