@@ -168,7 +168,7 @@ def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tenso
     for file in part_files(folder, state, name):
         verify_file(folder, state, file)
     if not (folder / name).is_dir():
-        return load_file(folder / f"{name}.safetensors")
+        return _read_tensors(folder / f"{name}.safetensors")
     tensors = {n: torch.empty(size, dtype=dtype) for n, (size, dtype) in _sharded(folder / name)}
     _read_shards(folder / name, tensors)
     return tensors
@@ -185,7 +185,7 @@ def load_part(folder: Path, state: dict[str, Any], name: str, own: dict[str, Ten
         _read_shards(folder / name, own)
         return
     path = folder / f"{name}.safetensors"
-    tensors = load_file(path)
+    tensors = _read_tensors(path)
     check_tensors(own, tensors, path)
     for key, tensor in own.items():
         fill(tensor, tensors[key])
@@ -402,6 +402,13 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         with _usual_mode(path):
@@ -419,7 +426,10 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _sharded(folder: Path) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
-    found = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    try:
+        found = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged header fails in any way it likes
+        raise CheckpointError(f"{folder} cannot be read: {error!r}") from error
     return ((name, (item.size, item.properties.dtype)) for name, item in found.items())
 
 

@@ -478,7 +478,7 @@ def convert(
     """
     from dis_ssm.convert import convert_file
 
-    convert_file(source, run, input_size=input_size)
+    convert_file(source, run, input_size, report=lambda note: print(f"{source}: {note}"))
     print(run)
     return 0
 

@@ -262,7 +262,7 @@ def load_config(source: str | Path) -> Config:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read config {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     try:
         return from_dict(values)

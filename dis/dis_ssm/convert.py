@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -25,6 +28,11 @@ _TOP = {  # ours -> released, outside the blocks; other names are the same
     "decoder.linear.": "final_layer.linear.",
     "decoder.modulation.": "final_layer.adaLN_modulation.1.",
 }
+_KEYS = ("ema", "model_ema", "ema_state_dict", "model", "state_dict", "model_state_dict", "net")
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")  # DDP, compile, FSDP, averages
+_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+_MOST_CLASSES = 100  # that a pickle may name besides tensors
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 _SCAN = re.compile(r"mixer\.(forward|backward)_scan\.(\w+)(\.\w+)?")
 
@@ -37,8 +45,10 @@ def from_released(
 
     Args:
         source: a state dict, or a file: the trainer's ``{"model", "ema", "opt", "args"}`` (the
-            EMA is taken), a bare state dict, or safetensors. Pickles are opened with
-            ``weights_only=True``; only ``argparse.Namespace`` is allowed besides tensors.
+            EMA is taken), a state dict under another usual key or none, or safetensors. What
+            DDP, FSDP, torch.compile and AveragedModel add to names is taken off. Pickles are
+            opened with ``weights_only=True``: objects of other classes than tensors become
+            placeholders, and nothing that a file names is imported or run.
         input_size: side or (height, width); None assumes a square.
 
     Raises:
@@ -47,8 +57,15 @@ def from_released(
 
     Warns of a tensor that is not finite.
     """
-    file = isinstance(source, str | Path)
-    state = _read(Path(source)) if file else source
+    return _build(source, input_size)[0]
+
+
+def _build(source, input_size) -> tuple[DiS, list[str]]:
+    """The model, and lines that say where its tensors were found and what was left out."""
+    file, notes = isinstance(source, str | Path), []
+    state, path = _find_state(_read(Path(source), notes) if file else source)
+    if path:
+        notes.append(f"taken from {' / '.join(map(repr, path))}")
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
@@ -56,7 +73,15 @@ def from_released(
             f"{source if file else 'source'} holds no state dict (tensors by name, or one under "
             f"'ema' or 'model')"
         )
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    plain = {_WRAPPED.sub("", name): tensor for name, tensor in state.items()}
+    if plain.keys() != state.keys():
+        added = sorted({part for name in state for part in name.split(".") if part in _WRAPPERS})
+        notes.append(f"{', '.join(added)} taken off the names")
+    if len(plain) < len(state):
+        raise ValueError("the released checkpoint holds a tensor twice, wrapped and as it is")
+    state = plain
+    if state.pop(_COUNTER, None) is not None:
+        notes.append(f"{_COUNTER} left out")
     config = _infer(state, input_size)
     with torch.device("meta"):
         model = DiS(**config)
@@ -83,19 +108,29 @@ def from_released(
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"the released checkpoint {problems[0]}{more}")
     model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(True)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    notes.append(f"{len(tensors)} tensors of {count:,} parameters mapped")
+    return model.requires_grad_(True), notes
 
 
-def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
+def convert_file(
+    source: str | Path,
+    run: str | Path,
+    input_size: int | tuple[int, int] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Path:
     """Writes :func:`from_released`'s model as the EMA of a run folder; returns the checkpoint.
 
     The diffusion is the released one (linear, epsilon); the data it was trained on are not known.
+    `report` is called with lines that say what was mapped and what was left out.
 
     Raises:
         ValueError: what :func:`from_released` raises, or ``run`` already holds checkpoints or
             something else.
     """
-    model, run = from_released(source, **kwargs), Path(run)
+    (model, notes), run = _build(source, input_size), Path(run)
+    for note in notes if report else ():
+        report(note)
     sizes = {f.name: model.config[f.name] for f in fields(ModelConfig) if f.name in model.config}
     sizes["input_size"] = model.input_size
     config = Config(
@@ -110,14 +145,34 @@ def convert_file(source: str | Path, run: str | Path, **kwargs) -> Path:
         return save_checkpoint(run, 0, {"ema": model.float().state_dict()}, config, {}, keep=1)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+class Placeholder:
+    """Stands for an object whose class a pickle names: that class is neither imported nor run."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _find_state(content) -> tuple[Any, list[str]]:
+    """What lies under the usual keys, and those keys."""
+    path = []
+    while isinstance(content, dict):
+        key = next((k for k in _KEYS if isinstance(content.get(k), dict)), None)
+        if key is None or any(isinstance(value, Tensor) for value in content.values()):
+            break
+        path, content = [*path, key], content[key]
+    return content, path
+
+
+def _read(path: Path, notes: list[str]) -> Any:
     if not path.is_file():
         raise ValueError(f"no checkpoint file at {path}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        return _unpickle(path, notes)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle fails in any way it likes
@@ -127,9 +182,25 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be loaded safely: it is damaged, another kind of file, or holds more "
             f"than tensors"
         ) from None
-    for key in ("ema", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+
+
+def _unpickle(path: Path, notes: list[str]) -> Any:
+    """torch.load with weights_only=True, a `Placeholder` for every class that it does not allow."""
+    names: list[str] = []
+    while True:
+        allowed = [argparse.Namespace, *((Placeholder, name) for name in names)]
+        try:
+            with torch.serialization.safe_globals(allowed):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            break
+        except pickle.UnpicklingError as error:
+            unknown = re.search(r"GLOBAL (\S+)", str(error))
+            blocked = "is blocked" in str(error)  # os, posix, sys: no honest file names these
+            if not unknown or blocked or unknown[1] in names or len(names) == _MOST_CLASSES:
+                raise
+            names.append(unknown[1])
+    if names:
+        notes.append(f"objects of other classes left out: {', '.join(names)}")
     return content
 
 

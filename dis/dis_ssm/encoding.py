@@ -34,6 +34,7 @@ from dis_ssm.latents import (
     MANIFEST,
     CacheError,
     bar_interval,
+    manifest_sha256,
     open_cache,
     read_manifest,
     sha256,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 NOTE = "dis_ssm"  # the key of a shard's header
 PRECISIONS = ("float32", "bf16")
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-PROGRESS = ("versions", "complete", "images", "shards")  # of a manifest: not what is made
+PROGRESS = ("versions", "complete", "images", "shards", "sha256")  # of a manifest: not what is made
 LONGEST_VALUE = 100  # shown whole in a message
 
 
@@ -200,12 +201,11 @@ class _Shards:
         return self._record(name)
 
     def _record(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
+        path, note = self.folder / name, _note(self.folder / name)
         try:
             with safe_open(path, "pt") as file:
-                note = json.loads((file.metadata() or {}).get(NOTE, "{}"))
                 images = file.get_slice("label").get_shape()[0]
-        except (SafetensorError, ValueError) as error:
+        except SafetensorError as error:
             raise CacheError(f"{path} is damaged: {error}") from error
         if (note.get("cache"), note.get("shard")) != (_digest(self.manifest), name):
             raise CacheError(f"{path} belongs to another cache")
@@ -218,6 +218,7 @@ class _Shards:
         self.manifest["shards"] = records
         self.manifest["images"] = sum(record["images"] for record in records)
         self.manifest["complete"] = len(records) == len(self.spans)
+        self.manifest["sha256"] = manifest_sha256(self.manifest)
         write_json(self.folder / MANIFEST, self.manifest)
 
     def refuse_corrupt(self, limit: int) -> None:
@@ -278,7 +279,12 @@ def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     new |= {"complete": False, "images": 0, "shards": []}
     if not (folder / MANIFEST).is_file():
         return new
-    old = read_manifest(folder)
+    try:
+        old = read_manifest(folder)
+    except CacheError as error:
+        _refuse_strangers(folder, new, error)
+        print(f"{error}: it is made anew from the shards", flush=True)
+        return new
     before, now = _identity(old), _identity(new)
     if changed := [f"{k}: {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]:
         raise ValueError(
@@ -289,6 +295,32 @@ def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         was = f"{old['versions']} -> {new['versions']}"
         warnings.warn(f"{folder} is continued with other versions: {was}", stacklevel=2)
     return old
+
+
+def _refuse_strangers(folder: Path, manifest: dict[str, Any], damage: CacheError) -> None:
+    """ValueError unless every shard that says of which cache it is, is of this one."""
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        try:
+            owner = _note(path).get("cache")
+        except CacheError:
+            continue  # it is encoded again
+        if owner != _digest(manifest):
+            raise ValueError(
+                f"{damage}, and {path.name} was encoded with other settings than those given now: "
+                f"give the same again, or another folder"
+            ) from damage
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """What a shard says in its header: its cache, its name and the corrupt images left out."""
+    try:
+        with safe_open(path, "pt") as file:
+            note = json.loads((file.metadata() or {}).get(NOTE, "{}"))
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: {error}") from error
+    if not isinstance(note, dict):
+        raise CacheError(f"{path} is damaged: its header has no object under {NOTE!r}")
+    return note
 
 
 def _encode(

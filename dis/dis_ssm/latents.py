@@ -8,6 +8,7 @@ source, VAE and its hashes, scale, precision, counts, size and SHA-256 of every 
 Letters: n images, C latent channels, H, W latent height and width.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from dis_ssm.checkpoint import write_json
 from dis_ssm.data import NO_LABEL, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import to_uint8
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, VERIFIED = "manifest.json", "verified.json"
 KEYS = ("source_images", "class_names", "vae", "latent_shape", "shard_size", "shards", "images")
 KEYS += ("complete",)
+UNHASHED = {"format", "source", "split", "image_size", "crop", "labels_sha256", "precision"}
+UNHASHED |= {"versions", *KEYS}  # all that a manifest of 0.1.0 holds
 RECORD = ("name", "images", "bytes", "sha256", "corrupt")  # of a shard
 FLIPS = 2  # the image, its mirror image
 CHUNK = 256  # images looked at together
@@ -53,6 +57,7 @@ class LatentDataset(ImageDataset):
         self.folder, self.manifest = folder, manifest
         shards = [_map_shard(folder, manifest, record) for record in manifest["shards"]]
         self._maps = [(shard["mean"].numpy(), shard["std"].numpy()) for shard in shards]
+        self._verified = Verified(folder)
         self._ends = torch.tensor([len(shard["label"]) for shard in shards]).cumsum(0)
         self.shift, self.scale = latent_scale(manifest["vae"])
         labels = torch.cat([shard["label"] for shard in shards])
@@ -64,11 +69,13 @@ class LatentDataset(ImageDataset):
 
     def moments(self, indices, flips) -> tuple[Tensor, Tensor]:
         """float16 (n, 2, C, H, W), mean and std, of images `indices` (mirrored where `flips`), and
-        their labels (n,)."""
+        their labels (n,). CacheError when a shard that is used for the first time was altered."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"{self.name} has latents 0 to {len(self) - 1}")
         shards = torch.searchsorted(self._ends, indices, right=True)
+        for k in shards.unique().tolist():
+            self._verified.require(self.manifest["shards"][k])
         starts = torch.cat([self._ends.new_zeros(1), self._ends])[shards]
         places = zip(
             shards.tolist(), (indices - starts).tolist(), flips.int().tolist(), strict=True
@@ -91,6 +98,38 @@ class LatentDataset(ImageDataset):
 
     def _images(self, indices: Tensor) -> Tensor:
         raise ValueError(f"{self.name} holds latents and no images: ask for its moments")
+
+
+class Verified:
+    """Which shards of a cache are known to be what the manifest says.
+
+    A shard's SHA-256 is taken at its first use. CACHE/verified.json keeps size and time of change
+    of those that were right, so that the next run reads only what has changed since; where it
+    cannot be written, the next run reads them all.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._seen = folder, set()
+        try:
+            found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            found = None
+        self._stamps = found if isinstance(found, dict) else {}
+
+    def require(self, record: dict[str, Any]) -> None:
+        """CacheError unless the shard of `record` is unaltered."""
+        name, path = record["name"], self.folder / record["name"]
+        if name in self._seen:
+            return
+        state = path.stat()
+        stamp = [record["sha256"], state.st_size, state.st_mtime_ns]
+        if self._stamps.get(name) != stamp:
+            if sha256(path) != record["sha256"]:
+                raise CacheError(f"{path} was altered: its SHA-256 is wrong; {AGAIN}")
+            self._stamps[name] = stamp
+            with contextlib.suppress(OSError):
+                write_json(self.folder / VERIFIED, self._stamps)
+        self._seen.add(name)
 
 
 def is_cache(source: str | Path) -> bool:
@@ -148,18 +187,37 @@ def shard_spans(manifest: dict[str, Any]) -> dict[str, range]:
     }
 
 
+def _is_path(name: Any) -> bool:
+    return not isinstance(name, str) or name != Path(name).name
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says, but for this."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache, verified by its own SHA-256 (which 0.1.0 did not write).
+
+    Raises CacheError where there is none, or it is damaged, or of another format.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        old = "sha256" not in manifest and not manifest.keys() - UNHASHED
+        if not old and manifest["sha256"] != manifest_sha256(manifest):
+            raise ValueError("its SHA-256 is wrong")
         found, _ = manifest["format"], [manifest[key] for key in KEYS]
         shards = [[record[key] for key in RECORD] for record in manifest["shards"]]
         if manifest["shard_size"] < 1 or manifest["source_images"] < len(shards):
             raise ValueError("its numbers cannot be")
+        if wrong := [record["name"] for record in manifest["shards"] if _is_path(record["name"])]:
+            raise ValueError(f"shard {wrong[0]!r} is no file name")
     except OSError as error:
         raise CacheError(f"{folder} is not a cache of latents: {MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: {error!r}; {AGAIN}") from error
     if found != FORMAT:
         raise CacheError(f"{folder} has format {found}, this version reads {FORMAT}")
     return manifest
