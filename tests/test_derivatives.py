@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from dis_ssm import DiS
 from dis_ssm.ops import (
+    backend,
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,
     causal_conv1d,
@@ -81,6 +82,13 @@ def test_a_forced_kernel_refuses(native, ops, name):
         function(forward_ad.make_dual(x, x))
     with pytest.raises(ValueError, match=r"torch\.func"):
         jvp(function, (x,), (x,))
+
+
+def test_a_kernel_is_not_tried_out_inside_a_transform(ops, monkeypatch):
+    """Its self-test draws numbers, which vmap forbids, and its failure would be remembered."""
+    monkeypatch.setattr(backend, "_ready", lambda kernel: pytest.fail("tried out"))
+    function, x = as_function(*ops["scan"])
+    vmap(function)(x[None])
 
 
 TRANSFORMS = {

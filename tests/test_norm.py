@@ -117,3 +117,9 @@ def test_memory_that_ran_out_is_an_error(native, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: failing)
     with pytest.raises(MemoryError, match="norm_forward"):
         add_rms_norm(*make((2, 8)))
+
+
+def test_a_residual_of_another_shape_is_refused(backend, monkeypatch):
+    monkeypatch.setenv("DIS_SSM_BACKEND", backend)
+    with pytest.raises(ValueError, match="residual"):
+        add_rms_norm(torch.randn(2, 3, 4), torch.randn(1, 3, 4), torch.randn(4))

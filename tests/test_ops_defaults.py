@@ -126,7 +126,7 @@ def test_another_default_device(native, flags):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", ["test_conv.py", "test_norm.py", "test_mixer.py"])
+@pytest.mark.parametrize("name", ["test_scan.py", "test_conv.py", "test_norm.py", "test_mixer.py"])
 def test_the_kernels_tests_without_assertions(native, name):
     """pytest compiles the tests' own asserts into raises, so that they count under -O too."""
     flags = ["-qx", "-p", "no:cacheprovider"]

@@ -69,7 +69,7 @@ def paper_gflops(parts: dict[str, int]) -> float:
     """The paper's "Gflops": 2e-9 x the multiply-adds of the modules that are called.
 
     A counter by module hooks (thop) sees the patch convolution, the time MLP, the skip linears and
-    the decoder. The mixers pass their weights to fused functions, so it misses all of them.
+    the decoder. The authors' mixers pass their weights to fused functions: it misses all of them.
     """
     return 2e-9 * (parts["skips"] + parts["rest"])
 

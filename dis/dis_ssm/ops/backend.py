@@ -74,12 +74,13 @@ def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: 
     unsupported = unsupported or _other_derivatives((x, *others))
     kernel = {"cpu": "cpu", "meta": "cpu", "cuda": "cuda"}.get(x.device.type)
     if backend is None:
-        if kernel and not double and _ready(kernel):
-            if not unsupported:
-                return kernel
+        if not kernel or double:
+            return "reference"
+        if unsupported:  # before a kernel is tried out, which a transform would disturb
             if not torch.compiler.is_compiling():
                 say_once(f"running the PyTorch reference: the kernel does not do {unsupported}")
-        return "reference"
+            return "reference"
+        return kernel if _ready(kernel) else "reference"
     if backend == "reference":
         return backend
     if backend not in (kernel, "mamba_ssm"):

@@ -23,7 +23,12 @@ def add_rms_norm(
     Returns:
         normed, stream, both (..., D) in float32 or wider. One native pass each way on the CPU;
         plain PyTorch elsewhere, where it has a fused kernel, and in a compiled graph.
+
+    Raises:
+        ValueError: a residual of another shape.
     """
+    if residual is not None and residual.shape != h.shape:
+        raise ValueError(f"residual must be {tuple(h.shape)}, got {tuple(residual.shape)}")
     inputs = (h, weight) if residual is None else (h, residual, weight)
     narrow = all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in inputs)
     if narrow and not torch.compiler.is_compiling() and select(None, *inputs) == "cpu":
