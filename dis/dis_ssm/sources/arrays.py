@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dis_ssm.sources.base import Pixels
+from dis_ssm.sources.reading import read_text
 
 IDX_PREFIX = {"train": "train", "heldout": "t10k"}
 CIFAR_SHAPE = (3, 32, 32)
@@ -65,7 +66,7 @@ def idx_folder(folder: Path, split: str) -> Pixels:
         arrays[kind] = _read_idx(path, ndim=3 if kind == "images" else 1)
     names = folder / "classes.txt"
     if names.is_file():
-        class_names = names.read_text(encoding="utf-8").splitlines()
+        class_names = read_text(names).splitlines()
     else:
         class_names = [str(k) for k in range(int(arrays["labels"].max()) + 1)]
     labels = arrays["labels"].astype(np.int64)
