@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from dis_ssm.config import (
     build_model,
     depth_of,
     differences,
-    from_dict,
+    from_saved,
     pick_device,
     to_dict,
 )
@@ -91,7 +91,7 @@ def _run(config: Config, world: World) -> Outcome:
             if world.main:
                 stack.enter_context(exclusive(run))
         stop = stack.enter_context(StopSignal())
-        meter = _resume(trainer, run, len(dataset))
+        meter = _resume(trainer, run, dataset)
         if world.main:
             _announce(trainer, len(dataset), painter.visible)
         # a process killed between saving a step and drawing it still owes the preview
@@ -285,7 +285,7 @@ def _announce(trainer: Trainer, images: int, visible: bool) -> None:
         print("no previews: latents are shown by their VAE, give data.vae", flush=True)
 
 
-def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
+def _resume(trainer: Trainer, run: Path, dataset: ImageDataset) -> dict[str, float]:
     """Restore the newest intact checkpoint, if any; the log's running sums."""
     with trainer.world.together():
         if trainer.world.main:
@@ -294,7 +294,11 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     if found is None:
         return {}
     folder, saved = found
-    changed = differences(from_dict(saved["config"]), trainer.config)
+    before, images = from_saved(saved["config"]), len(dataset)
+    if dataset.background is None:  # nothing has alpha
+        same = {"background": trainer.config.data.background}
+        before = replace(before, data=replace(before.data, **same))
+    changed = differences(before, trainer.config)
     if saved["trainer"]["images"] != images:
         changed.append(f"images in data.source: {saved['trainer']['images']} -> {images}")
     if changed:
