@@ -276,7 +276,7 @@ def test_zip_errors(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 10, len(whole) // 2, len(whole) - 4):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=r"x\.zip is not a whole zip file: .*get it again"):
+        with pytest.raises(ValueError, match=r"x\.zip is not a whole zip file \(get it again\): "):
             open_dataset(path, image_size=SIZE)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"x\.zip is a file of images: say image_size"):

@@ -34,6 +34,8 @@ def open_run(config: Config) -> tuple[Config, ImageDataset]:
         data.image_size,
         max_corrupt=data.max_corrupt,
         workers=data.workers,
+        background=data.background,
+        relabel=data.relabel,
     )
     shape = {name: getattr(dataset, name) for name in ("channels", "height", "width")}
     return resolve(config, num_classes=dataset.num_classes, **shape), dataset

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.tensor import DTensor
 
-from dis_ssm.config import Config, build_model, from_dict, to_dict
+from dis_ssm.config import Config, build_model, from_dict, from_saved, to_dict
 from dis_ssm.distributed import ALONE, World, fill
 from dis_ssm.model import DiS
 from dis_ssm.version import __version__
@@ -259,7 +259,7 @@ def load_model(
         raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
     _, folder = locate(path)
     state = read_state(folder)
-    config = from_dict(state["config"])
+    config = from_saved(state["config"])
     model = build_model(config)
     load_weights(model, read_part(folder, state, weights), folder / f"{weights}.safetensors")
     return model.to(device or "cpu").eval(), config

@@ -123,6 +123,8 @@ class DataConfig:
     max_corrupt: int = 10  # images that may be unreadable before that is an error
     workers: int | None = None  # threads that decode images; None: as many as cores, at most 8
     vae: str | None = None  # decodes latents for previews and scores; None: that of the cache
+    background: Literal["white", "black", "drop"] = "white"  # of images with alpha; drop: ignore it
+    relabel: bool = False  # map the labels that occur to 0, 1, ... where they have holes
 
     def __post_init__(self):
         _positive(self, "image_size", "workers")
@@ -273,6 +275,14 @@ def load_config(source: str | Path) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """Config from nested dictionaries of plain values; the inverse of `to_dict`."""
     return _convert(values, Config, "")
+
+
+def from_saved(values: dict[str, Any]) -> Config:
+    """`from_dict` of what a run saved: before data.background there was only "drop"."""
+    data = values.get("data")
+    if isinstance(data, dict):
+        values = values | {"data": {"background": "drop"} | data}
+    return from_dict(values)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -20,8 +20,6 @@ of images                                         has both; otherwise every imag
 =====================  =========================  =================================================
 """
 
-import io
-import json
 import os
 import struct
 import warnings
@@ -33,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dis_ssm import sources
@@ -44,8 +42,11 @@ from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
     SPLITS,
     Files,
 )
+from dis_ssm.sources.base import number_classes
+from dis_ssm.sources.decode import UnreadableImage, check_background, check_pixels, decode
+from dis_ssm.sources.reading import parse_json, read_bytes
 
-DAMAGED = (OSError, SyntaxError, ValueError, struct.error, zlib.error)  # as Pillow reports it
+DAMAGED = (ValueError, struct.error, zlib.error)  # a member of an archive
 MAX_WORKERS = 8  # by default; decoding scales with cores until memory is the limit
 LATENT_MANIFEST = "manifest.json"
 
@@ -56,6 +57,8 @@ def open_dataset(
     image_size: int | None = None,
     max_corrupt: int = 10,
     workers: int | None = None,
+    background: str = "white",
+    relabel: bool = False,
 ) -> "ImageDataset":
     """Open `source`: a name of `SOURCES`, a folder or a file (see the table above, docs/data.md).
 
@@ -66,20 +69,25 @@ def open_dataset(
     the environment variable DIS_SSM_DATA names, then in the repository's experiments/data. A folder
     with a manifest.json is a cache of latents, of the split that it was made from.
 
-    `max_corrupt` and `workers` are those of `FileDataset`.
+    `max_corrupt`, `workers`, `background` and `relabel` are those of `FileDataset`. Files that are
+    left out because they are no images, or hidden, are named in a warning.
 
     Raises ValueError for an unknown source, split or size, an empty or ambiguous folder and a
     damaged file; ImportError when a library is missing (it says how to install it).
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    check_background(background)
     manifest = Path(source).expanduser() / LATENT_MANIFEST
     if str(source) not in SOURCES and manifest.is_file():
         return _open_latents(manifest, split, image_size)
     kind, path = sources.recognise(source)
     if kind not in sources.IN_MEMORY:
         _check_size(path, image_size)
-        return FileDataset(sources.OPENERS[kind](path, split), image_size, max_corrupt, workers)
+        files = sources.OPENERS[kind](path, split)
+        if files.left_out:
+            warnings.warn(files.left_out, stacklevel=2)
+        return FileDataset(files, image_size, max_corrupt, workers, background, relabel)
     pixels = sources.OPENERS[kind](path, split)
     dataset = TensorDataset(pixels.name, pixels.images, pixels.labels, pixels.class_names)
     if image_size is not None and (dataset.height, dataset.width) != (image_size, image_size):
@@ -93,11 +101,10 @@ def open_dataset(
 def _open_latents(manifest: Path, split: str, image_size: int | None) -> "ImageDataset":
     from dis_ssm.latents import open_cache
 
-    try:
-        made = json.loads(manifest.read_text(encoding="utf-8"))
-        made = {"split": made.get("split", split), "image_size": made.get("image_size", image_size)}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{manifest} is no manifest of a latent cache: {error}") from error
+    made = parse_json(read_bytes(manifest), f"{manifest} is no manifest of a latent cache: it")
+    if not isinstance(made, dict):
+        raise ValueError(f"{manifest} is no manifest of a latent cache: it is no object")
+    made = {"split": made.get("split", split), "image_size": made.get("image_size", image_size)}
     for name, wanted in (("split", split), ("image_size", image_size)):
         if wanted not in (None, made[name]):
             raise ValueError(
@@ -120,11 +127,13 @@ class ImageDataset(Dataset):
 
     `labels` is an int64 tensor (n,), all `NO_LABEL` when `num_classes` is 0; `class_names[k]` names
     class k. `corrupt` maps the index of each image found unreadable to its name and the reason;
-    only `FileDataset` fills it. `crop` is a key of `CROPS`, or None where nothing is resized.
-    Subclasses give `_images`.
+    only `FileDataset` fills it. `crop` is a key of `CROPS`, or None where nothing is resized;
+    `background` what alpha is composed on, or None where there is no alpha. Subclasses give
+    `_images`.
     """
 
     crop: str | None = None
+    background: str | None = None
 
     def __init__(self, name: str, shape: Sequence[int], labels, class_names: Sequence[str] = ()):
         self.name = name
@@ -178,29 +187,40 @@ class TensorDataset(ImageDataset):
 class FileDataset(ImageDataset):
     """Encoded images, decoded when asked for, as RGB after the source's crop (see `CROPS`).
 
-    EXIF rotation is not applied and transparency is dropped, as in ADM. Up to `workers` threads
-    decode (default: the number of processors, at most 8); they change no result.
+    EXIF rotation is not applied, as in ADM. Images with alpha are composed on `background`, "white"
+    or "black", which is said once; "drop" leaves out alpha, as ADM does. `relabel` maps the labels
+    that occur to 0 .. K - 1 in their order; without it, labels without names must have few holes
+    (see `sources.base.number_classes`). Up to `workers` threads decode (default: the number of
+    processors, at most 8); they change no result.
 
-    A corrupt image is one that is there but cannot be decoded to 8-bit RGB. It is named in a
-    warning and recorded in `corrupt`; `batch` gives the image and the label of the next readable
-    index instead, `read` leaves it out. The image after the first `max_corrupt` raises ValueError
-    with all names; so does any file that is gone or may not be read.
+    A corrupt image is one that is there but cannot be decoded to 8-bit RGB, or has more than
+    `MAX_PIXELS` pixels, before or after it is scaled for the crop, or `MAX_FILE_BYTES` bytes. It is
+    named in a warning and recorded in `corrupt`; `batch` gives the image and the label of the next
+    readable index instead, `read` leaves it out. The image after the first `max_corrupt` raises
+    ValueError with all names; so does any file that is gone or may not be read.
     """
 
     def __init__(
-        self, files: Files, image_size: int, max_corrupt: int = 10, workers: int | None = None
+        self,
+        files: Files,
+        image_size: int,
+        max_corrupt: int = 10,
+        workers: int | None = None,
+        background: str = "white",
+        relabel: bool = False,
     ):
         if max_corrupt < 0:
             raise ValueError(f"max_corrupt {max_corrupt} must be at least 0")
         if workers is not None and workers < 1:
             raise ValueError(f"workers {workers} must be at least 1")
         self.files, self.image_size, self.max_corrupt = files, image_size, max_corrupt
-        self.crop = files.crop
+        self.crop, self.background = files.crop, background
+        self._with_alpha: list[int] | None = []  # found so; None once that is said
         self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
         self._pool, self._process = None, None
         channels = len(Image.new("RGB", (1, 1)).getbands())
         shape = (channels, image_size, image_size)
-        super().__init__(files.name, shape, files.labels, files.class_names)
+        super().__init__(files.name, shape, *number_classes(files, relabel))
 
     def __getstate__(self):
         return self.__dict__ | {"_pool": None}
@@ -232,7 +252,14 @@ class FileDataset(ImageDataset):
         failed = [k for k, reason in enumerate(reasons) if reason]
         for k in failed:
             self._note(indices[k], reasons[k])
+        self._say_composed()
         return images, indices, failed
+
+    def _say_composed(self) -> None:
+        if self._with_alpha:
+            title = self.files.title(min(self._with_alpha))
+            self._with_alpha = None
+            warnings.warn(composed_text(title, self.background), stacklevel=4)
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None or self._process != os.getpid():  # threads do not survive a fork
@@ -251,15 +278,16 @@ class FileDataset(ImageDataset):
         except DAMAGED as error:
             return f"{self.files.title(index)}: {error}"
         try:
-            with Image.open(io.BytesIO(raw)) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode} is more than 8 bits a channel")
-                cropped = CROPS[self.crop](image.convert("RGB"), self.image_size)
-        except UnidentifiedImageError:
-            return f"{self.files.title(index)}: no image in a known format"
-        except (*DAMAGED, Image.DecompressionBombError) as error:
+            image, has_alpha = decode(raw, self.background)
+            cropped = CROPS[self.crop](image, self.image_size)
+        except UnreadableImage as error:
             return f"{self.files.title(index)}: {error}"
+        except MemoryError as error:
+            title = self.files.title(index)
+            raise ValueError(f"cannot read image {title}: there is not enough memory") from error
         out[:] = np.asarray(cropped).transpose(2, 0, 1)
+        if has_alpha and self._with_alpha is not None:
+            self._with_alpha.append(index)
         return None
 
     def _note(self, index: int, reason: str) -> None:
@@ -292,16 +320,22 @@ class FileDataset(ImageDataset):
 REMEDY = "replace the file, or remove it and start another run, because a run keeps to its images"
 
 
+def composed_text(title: str, background: str) -> str:
+    return f"images with alpha are composed on {background} (data.background), {title} is one"
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The square of side `size` at the centre, after the shorter side is scaled to `size`.
 
     Halved with a box filter while the shorter side is at least 2 * size, then bicubic: the
     preprocessing of ADM (Dhariwal & Nichol 2021), which published ImageNet FIDs assume.
+    ValueError where the scaled image, before it is cut, would have more than `MAX_PIXELS`.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     scaled = (round(image.width * scale), round(image.height * scale))
+    check_pixels(*scaled, f" after scaling the shorter side of {image.width} x {image.height}")
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -314,7 +348,7 @@ def celeba_crop(image: Image.Image, size: int) -> Image.Image:
     ValueError unless the image is an aligned one, 178 x 218.
     """
     if image.size != CELEBA_SIZE:
-        raise ValueError(
+        raise UnreadableImage(
             f"{image.width} x {image.height} is not the size of CelebA's aligned images"
         )
     return image.crop(CELEBA_BOX).resize((size, size), Image.Resampling.BILINEAR)

@@ -66,6 +66,8 @@ def encode(
     max_corrupt: int = 10,
     workers: int | None = None,
     world: World | None = None,
+    background: str = "white",
+    relabel: bool = False,
 ) -> dict[str, Any]:
     """Encode the images of `source` (see `open_dataset`) into the cache `out`; its manifest.
 
@@ -85,7 +87,7 @@ def encode(
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     with world.together():
-        dataset = open_dataset(source, split, image_size, max_corrupt=max_corrupt, workers=workers)
+        dataset = open_dataset(source, split, image_size, max_corrupt, workers, background, relabel)
         model = load_vae(vae, world.device)
         settings = _settings(source, split, dataset, vae, model, precision, shard_size)
     with contextlib.ExitStack() as held:
@@ -249,7 +251,8 @@ def _settings(source, split, dataset, vae, model, precision, shard_size) -> dict
         "split": split,
         "source_images": len(dataset),
         "image_size": size[0] if size[0] == size[1] else list(size),
-        "crop": getattr(dataset, "crop", None),
+        "crop": dataset.crop,
+        "background": dataset.background,
         "labels_sha256": hashlib.sha256(labels).hexdigest(),
         "class_names": list(dataset.class_names),
         "vae": {"id": _absolute(vae), **vae_hash(model)} | {n: _plain(config[n]) for n in SCALE},
@@ -285,7 +288,8 @@ def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         _refuse_strangers(folder, new, error)
         print(f"{error}: it is made anew from the shards", flush=True)
         return new
-    before, now = _identity(old), _identity(new)
+    made = {"background": old.get("crop") and "drop"} | old  # as it was before there was a choice
+    before, now = _identity(made), _identity(new)
     if changed := [f"{k}: {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]:
         raise ValueError(
             f"{folder} was begun with other settings ({'; '.join(changed)}): give those again to "

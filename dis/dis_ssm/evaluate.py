@@ -86,7 +86,13 @@ def evaluate_run(
     )
     diffusion = build_diffusion(config)
     train, heldout = (
-        open_dataset(config.data.source, split, config.data.image_size)
+        open_dataset(
+            config.data.source,
+            split,
+            config.data.image_size,
+            background=config.data.background,
+            relabel=config.data.relabel,
+        )
         for split in ("train", "heldout")
     )
     if min(len(train), len(heldout)) < 2:

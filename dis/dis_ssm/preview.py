@@ -146,7 +146,7 @@ class Scorer:
 
         settings, data = self.config.score, self.config.data
         named = settings.reference or (dataset if settings.split == "train" else data.source)
-        stored, images = open_reference(named, settings.split, data.image_size)
+        stored, images = open_reference(named, settings.split, data.image_size, data.background)
         if stored:
             return stored.gaussians["pool"]
         found, share = FeatureStatistics(), self.world.share(len(images))

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from dis_ssm.config import (
     build_model,
     depth_of,
     differences,
-    from_dict,
+    from_saved,
     pick_device,
     to_dict,
 )
@@ -95,7 +95,7 @@ def _run(config: Config, world: World) -> Outcome:
             if world.main:
                 stack.enter_context(exclusive(run))
         stop = stack.enter_context(StopSignal())
-        meter = _resume(trainer, run, len(dataset))
+        meter = _resume(trainer, run, dataset)
         if world.main:
             _announce(trainer, len(dataset), painter.visible)
         # a process killed between saving a step and drawing it still owes the preview
@@ -289,7 +289,7 @@ def _announce(trainer: Trainer, images: int, visible: bool) -> None:
         print("no previews: latents are shown by their VAE, give data.vae", flush=True)
 
 
-def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
+def _resume(trainer: Trainer, run: Path, dataset: ImageDataset) -> dict[str, float]:
     """Restore the newest intact checkpoint, if any; the log's running sums."""
     with trainer.world.together():
         if trainer.world.main:
@@ -300,7 +300,11 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     folder, saved = found
     if lacking := [name for name in TRAINER_STATE if name not in saved["trainer"]]:
         raise CheckpointError(f"{folder / STATE} lacks trainer.{lacking[0]}: restore it")
-    changed = differences(from_dict(saved["config"]), trainer.config)
+    before, images = from_saved(saved["config"]), len(dataset)
+    if dataset.background is None:  # nothing has alpha
+        same = {"background": trainer.config.data.background}
+        before = replace(before, data=replace(before.data, **same))
+    changed = differences(before, trainer.config)
     if saved["trainer"]["images"] != images:
         changed.append(f"images in data.source: {saved['trainer']['images']} -> {images}")
     if changed:

@@ -58,6 +58,7 @@ def evaluate_samples(
     confidence: bool = True,
     save_reference: str | Path | None = None,
     progress: bool = False,
+    background: str = "white",
 ) -> dict:
     """The scores of `samples` against `reference`, with all that they depend on.
 
@@ -77,6 +78,8 @@ def evaluate_samples(
         confidence: standard errors and intervals, from repeated halves of the samples.
         save_reference: a new .npz for the statistics of the reference, as ADM's, with the images
             that precision and recall took.
+        background: what image files with alpha are composed on, "white" or "black"; "drop" leaves
+            out alpha, as ADM.
 
     Returns, in every process, plain data: {"scores": {name: {"value", "stderr", "interval"}},
     "unavailable": {name: why}, "warnings": [...], "settings", "samples", "reference", "run"}. Only
@@ -94,10 +97,10 @@ def evaluate_samples(
     started = time.perf_counter()
     world = world or World(pick_device())
     with world.together():
-        generated = open_images(samples)
+        generated = open_images(samples, background=background)
         if len(generated) < 2:
             raise ValueError(f"{samples} is 1 image: a distance needs 2 or more")
-        stored, real = open_reference(reference, split, image_size)
+        stored, real = open_reference(reference, split, image_size, background)
         if save_reference is not None:
             _check_savable(Path(save_reference), stored)
     extractor = _ready(extractor, weights, resize, world)
@@ -121,6 +124,7 @@ def evaluate_samples(
         "settings": {
             "extractor": extractor.protocol,
             "batch_size": batch_size,
+            "background": background,
             "inception_score_splits": splits,
             "neighbours": neighbours,
             "precision_recall_references": 0 if target.features is None else len(target.features),
@@ -165,12 +169,12 @@ def _ready(extractor, weights, resize, world: World) -> Extractor:
 
 
 def open_reference(
-    reference: Source, split: str, image_size: int | None
+    reference: Source, split: str, image_size: int | None, background: str = "white"
 ) -> tuple[StoredStatistics | None, Images | None]:
     """Statistics, images, or both."""
     path = None if isinstance(reference, ImageDataset) else Path(reference).expanduser()
     if path is None or path.suffix != ".npz" or not path.is_file():
-        return None, open_images(reference, split, image_size)
+        return None, open_images(reference, split, image_size, background)
     keys = npz_keys(path)
     stored = StoredStatistics.load(path) if ADM_KEYS["pool"][0] in keys else None
     if stored and not stored.has_images:

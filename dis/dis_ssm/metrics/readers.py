@@ -1,31 +1,32 @@
 """What is scored: sets of uint8 images of one size, read in order, a range at a time."""
 
-import io
 import math
 import os
-import struct
+import warnings
 import zipfile
-import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dis_ssm.data import IMAGE_SUFFIXES, SPLITS, ImageDataset, open_dataset
+from dis_ssm.data import IMAGE_SUFFIXES, Files, ImageDataset, composed_text, open_dataset
+from dis_ssm.sources.decode import check_background, check_pixels, decode
+from dis_ssm.sources.files import image_files
+from dis_ssm.sources.reading import check_regular, parsing
 
 ADM_IMAGES = "arr_0"  # the key of images in ADM's files
-DAMAGED = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
-UNREADABLE = (*DAMAGED, KeyError, RuntimeError, zipfile.BadZipFile)  # in archives; encrypted, too
 CHANNELS = (1, 3)  # grey, RGB
+DEFLATE_RATIO = 1040  # deflate shrinks nothing further
 
 
 class Images:
-    """n images, uint8 (n, C, H, W), C 1 or 3. Subclasses give `_read`."""
+    """n images, uint8 (n, C, H, W), C 1 or 3; `background` is what alpha is composed on, None where
+    there is no alpha. Subclasses give `_read`."""
+
+    background: str | None = None
 
     def __init__(self, name: str, kind: str, n: int, shape: tuple[int, int, int]):
         self.name, self.kind, self.n = name, kind, n
@@ -42,14 +43,18 @@ class Images:
 
     def describe(self) -> dict:
         size = {"images": self.n, "height": self.height, "width": self.width}
-        return {"source": self.name, "kind": self.kind, **size}
+        composed = {"background": self.background} if self.background else {}
+        return {"source": self.name, "kind": self.kind, **size, **composed}
 
     def _read(self, start: int, stop: int) -> Tensor:
         raise NotImplementedError
 
 
 def open_images(
-    source: str | Path | ImageDataset, split: str = "train", image_size: int | None = None
+    source: str | Path | ImageDataset,
+    split: str = "train",
+    image_size: int | None = None,
+    background: str = "white",
 ) -> Images:
     """A set of images that all have one size.
 
@@ -59,30 +64,31 @@ def open_images(
     - with `image_size`, or for any other `source`: `dis_ssm.data.open_dataset` of it and `split`,
       which crops and scales images of any size.
 
+    Encoded images with alpha are composed on `background` (see `dis_ssm.data.FileDataset`).
+
     Raises ValueError for sources that are empty, damaged, of mixed sizes or not uint8, and for a
     `split` that the source does not have.
     """
+    check_background(background)
     if isinstance(source, ImageDataset):
         return DatasetImages(source)
     path = Path(source).expanduser()
     if path.suffix == ".npz":
-        if not path.is_file():
-            raise ValueError(f"no file {path}")
+        check_regular(path)
         return NpzImages(path)
-    if image_size is None and path.suffix == ".zip" and path.is_file():
-        return ZipImages(path, split)
-    if image_size is None and path.is_dir():
-        paths = [p for p in _tree(path) if p.suffix.lower() in IMAGE_SUFFIXES]
-        if kept := _of_split(path, paths, [p.relative_to(path).parts for p in paths], split):
-            return FolderImages(path, kept)
-        if not any(path.iterdir()):
-            raise ValueError(f"{path} is empty: no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    return DatasetImages(open_dataset(source, split, image_size, max_corrupt=0))
+    zipped = path.suffix.lower() == ".zip" and path.exists()
+    if image_size is None and (zipped or path.is_dir()):
+        if files := image_files(path, split):
+            return EncodedImages(files, "folder" if path.is_dir() else "zip", background)
+        if not path.is_dir() or not any(path.iterdir()):
+            raise ValueError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    options = {"max_corrupt": 0, "background": background, "relabel": True}
+    return DatasetImages(open_dataset(source, split, image_size, **options))
 
 
 class DatasetImages(Images):
     def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
+        self.dataset, self.background = dataset, dataset.background
         shape = (dataset.channels, dataset.height, dataset.width)
         super().__init__(dataset.name, "data set", len(dataset), shape)
 
@@ -94,64 +100,40 @@ class DatasetImages(Images):
 
 
 class EncodedImages(Images):
-    """Image files: `read_bytes(key)` for each of `keys`, decoded in threads."""
+    """Image files of one size, decoded in threads."""
 
-    def __init__(self, name: str, kind: str, keys: list, read_bytes: Callable[..., bytes]):
-        self.keys, self._read_bytes = keys, read_bytes
+    def __init__(self, files: Files, kind: str, background: str):
+        self.files, self.background, self._said = files, background, False
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        first = self._decode(keys[0], read_bytes(keys[0]))
-        super().__init__(name, kind, len(keys), (first.shape[2], *first.shape[:2]))
+        if files.left_out:
+            warnings.warn(files.left_out, stacklevel=3)
+        first, _ = self._decode(0)
+        n, shape = len(files.labels), (first.shape[2], *first.shape[:2])
+        super().__init__(files.name, kind, n, shape)
 
     def _read(self, start: int, stop: int) -> Tensor:
-        keys = self.keys[start:stop]
-        arrays = list(self._threads.map(self._decode, keys, map(self._read_bytes, keys)))
-        for key, array in zip(keys, arrays, strict=True):
+        arrays = []
+        for index, (array, has_alpha) in enumerate(
+            self._threads.map(self._decode, range(start, stop)), start
+        ):
             if array.shape[:2] != (self.height, self.width):
+                title, first = map(self.files.title, (index, 0))
                 raise ValueError(
-                    f"{key} is {array.shape[0]}x{array.shape[1]}, {self.keys[0]} is "
+                    f"{title} is {array.shape[0]}x{array.shape[1]}, {first} is "
                     f"{self.height}x{self.width}: give images of one size; image_size crops "
                     f"and scales those of a reference"
                 )
+            if has_alpha and not self._said:
+                self._said = True
+                text = composed_text(self.files.title(index), self.background)
+                warnings.warn(text, stacklevel=3)
+            arrays.append(array)
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
-    @staticmethod
-    def _decode(key, raw: bytes) -> np.ndarray:
-        try:
-            with Image.open(io.BytesIO(raw)) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode} is more than 8 bits a channel")
-                return np.array(image.convert("RGB"))
-        except (*DAMAGED, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {key}: {error}") from error
-
-
-class FolderImages(EncodedImages):
-    def __init__(self, folder: Path, paths: list[Path]):
-        super().__init__(str(folder), "folder", paths, Path.read_bytes)
-
-
-class ZipImages(EncodedImages):
-    def __init__(self, path: Path, split: str):
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-        names = sorted(
-            name
-            for name in self._zip.namelist()
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
-        )
-        names = _of_split(path, names, [Path(name).parts for name in names], split)
-        if not names:
-            raise ValueError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-        super().__init__(str(path), "zip", names, self._member)
-
-    def _member(self, name: str) -> bytes:
-        try:
-            return self._zip.read(name)
-        except UNREADABLE as error:
-            raise ValueError(f"cannot read {name}: {error}") from error
+    def _decode(self, index: int) -> tuple[np.ndarray, bool]:
+        with parsing(f"cannot read image {self.files.title(index)}"):
+            image, has_alpha = decode(self.files.read(index), self.background)
+            return np.array(image), has_alpha
 
 
 class NpzImages(Images):
@@ -159,23 +141,34 @@ class NpzImages(Images):
 
     def __init__(self, path: Path):
         self.path, self._file = path, None
-        shape, dtype = self._rewind()
+        header = self._rewind()
+        shape, dtype = header.shape, header.dtype
         if len(shape) != 4 or dtype != np.uint8:
             raise ValueError(
                 f"{path}: {ADM_IMAGES} is {dtype} {shape}: need uint8 (n, H, W, C), values 0 .. 255"
             )
+        if header.fortran:
+            raise ValueError(
+                f"{path}: {ADM_IMAGES} is stored column by column: save "
+                f"np.ascontiguousarray(images)"
+            )
         n, height, width, channels = shape
-        self._bytes = math.prod(shape[1:])
+        if channels not in CHANNELS and height in CHANNELS:
+            raise ValueError(
+                f"{path}: {ADM_IMAGES} is (n, C, H, W), {shape}: need (n, H, W, C), save "
+                f"images.transpose(0, 2, 3, 1)"
+            )
         super().__init__(str(path), "npz", n, (channels, height, width))
+        with parsing(f"{path}: {ADM_IMAGES}"):
+            check_pixels(width, height)
+        self._bytes = math.prod(shape[1:])
 
     def _read(self, start: int, stop: int) -> Tensor:
         if start < self._at:
             self._rewind()
-        try:
+        with parsing(f"{self.path}: {ADM_IMAGES} is damaged"):
             self._skip(start - self._at)
             raw = bytearray(self._take(stop - start))
-        except UNREADABLE as error:
-            raise ValueError(f"{self.path}: {ADM_IMAGES} is damaged: {error}") from error
         self._at = stop
         shape = (stop - start, self.height, self.width, self.channels)
         return torch.frombuffer(raw, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
@@ -190,53 +183,53 @@ class NpzImages(Images):
             raise EOFError(f"it ends within images {self._at} .. {self._at + images - 1}")
         return raw
 
-    def _rewind(self) -> tuple[tuple[int, ...], np.dtype]:
+    def _rewind(self) -> "NpyHeader":
         if ADM_IMAGES not in (keys := npz_keys(self.path)):
             has = ", ".join(sorted(keys))
             raise ValueError(f"{self.path} has no images ({ADM_IMAGES}), only {has}")
         self._at = 0
-        try:
-            self._file: IO[bytes] = zipfile.ZipFile(self.path).open(f"{ADM_IMAGES}.npy")
-            version = np.lib.format.read_magic(self._file)
-            header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran, dtype = header(self._file)
-        except UNREADABLE as error:
-            raise ValueError(f"{self.path}: {ADM_IMAGES} is damaged: {error}") from error
-        if dtype.hasobject:
-            raise ValueError(f"{self.path}: {ADM_IMAGES} holds Python objects: need uint8 images")
-        if fortran:
-            raise ValueError(
-                f"{self.path}: {ADM_IMAGES} is stored column by column: save "
-                f"np.ascontiguousarray(images)"
-            )
-        return shape, dtype
+        with parsing(f"{self.path}: {ADM_IMAGES} is damaged"):
+            self._file, header = open_npy(zipfile.ZipFile(self.path), ADM_IMAGES)
+        return header
+
+
+class NpyHeader(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+
+def open_npy(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], NpyHeader]:
+    """The array `name` of an .npz, as a stream that has come to its numbers, and its header.
+
+    Raises, by the header alone, for Python objects and for a size that the file cannot hold; for a
+    damaged file whatever zipfile and NumPy raise.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    file = archive.open(info)
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read_header:
+        raise ValueError(f"its format {version} is not known")
+    header = NpyHeader(*read_header[version](file))
+    if header.dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded (Python objects, pickled): need numbers")
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if min(header.shape, default=0) < 0 or info.file_size != file.tell() + size:
+        raise ValueError(
+            f"{header.dtype} {header.shape} is not what its {info.file_size} bytes are"
+        )
+    packed = os.fstat(archive.fp.fileno()).st_size
+    if size > DEFLATE_RATIO * packed:
+        raise ValueError(f"{size:,} bytes cannot be in a file of {packed:,}")
+    return file, header
 
 
 def npz_keys(path: Path) -> set[str]:
     """Names of the arrays in an .npz. ValueError when it is no such file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"cannot read {path}, or it was cut short: {error}") from error
-
-
-def _of_split(path: Path, items: list, parts: list[tuple[str, ...]], split: str) -> list:
-    """Those in the folder `split`, if there are folders of all splits."""
-    if not set(SPLITS) <= {names[0] for names in parts}:
-        if items and split != SPLITS[0]:
-            raise ValueError(f"{path} has no split {split!r}: that takes {' and '.join(SPLITS)}")
-        return items
-    return [item for item, names in zip(items, parts, strict=True) if names[0] == split]
-
-
-def _tree(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    check_regular(path)
+    with parsing(f"cannot read {path}, or it was cut short"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}

@@ -9,7 +9,6 @@ groups give the standard errors.
 import json
 import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from torch import Tensor
 from dis_ssm.checkpoint import drafted
 from dis_ssm.data import epoch_order
 from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
-from dis_ssm.metrics.readers import ADM_IMAGES
+from dis_ssm.metrics.readers import ADM_IMAGES, npz_keys, open_npy
+from dis_ssm.sources.reading import parse_json, parsing
 
 GROUPS = 8
 BLOCK = 512  # feature vectors that enter a covariance together
@@ -171,27 +171,35 @@ class StoredStatistics:
     @classmethod
     def load(cls, path: Path) -> "StoredStatistics":
         """Raises ValueError for a damaged file, pickled objects, wrong shapes, missing arrays."""
-        gaussians, protocol = {}, None
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                keys = set(file.files)
-                for name, (mu, sigma) in ADM_KEYS.items():
-                    if lacking := {mu, sigma} - keys:
-                        if name == "pool" or len(lacking) == 1:
-                            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-                        continue
-                    mean, cov = file[mu], file[sigma]
-                    if mean.dtype.kind != "f" or cov.dtype.kind != "f":
-                        raise ValueError(f"{mu}, {sigma} are {mean.dtype}, {cov.dtype}, not floats")
-                    gaussians[name] = Gaussian(*map(_tensor, (mean, cov)))
-                    _ = gaussians[name].factor  # whether it is a covariance, before any pass
-                if PROTOCOL in keys:
-                    protocol = json.loads(str(file[PROTOCOL]))
-                    if not isinstance(protocol, dict):
-                        raise ValueError(f"{PROTOCOL} is no JSON object")
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"cannot read the statistics of {path}: {error}") from error
+        gaussians, keys = {}, npz_keys(path)
+        with parsing(f"cannot read the statistics of {path}"), zipfile.ZipFile(path) as archive:
+            for name, (mu, sigma) in ADM_KEYS.items():
+                if lacking := {mu, sigma} - keys:
+                    if name == "pool" or len(lacking) == 1:
+                        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+                    continue
+                mean, cov = (_read_array(archive, key) for key in (mu, sigma))
+                if mean.dtype.kind != "f" or cov.dtype.kind != "f":
+                    raise ValueError(f"{mu}, {sigma} are {mean.dtype}, {cov.dtype}, not floats")
+                gaussians[name] = Gaussian(*map(_tensor, (mean, cov)))
+                _ = gaussians[name].factor  # whether it is a covariance, before any pass
+            protocol = _read_protocol(archive) if PROTOCOL in keys else None
         return cls(gaussians, protocol, ADM_IMAGES in keys, str(path))
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with parsing(f"cannot read the statistics of {archive.filename}: {name}"):
+        file, _ = open_npy(archive, name)
+        with file, archive.open(f"{name}.npy") as whole:
+            return np.lib.format.read_array(whole, allow_pickle=False)
+
+
+def _read_protocol(archive: zipfile.ZipFile) -> dict[str, Any]:
+    text = str(_read_array(archive, PROTOCOL))
+    protocol = parse_json(text, f"cannot read the statistics of {archive.filename}: {PROTOCOL}")
+    if not isinstance(protocol, dict) or not isinstance(protocol.get("extractor", {}), dict):
+        raise ValueError(f"{PROTOCOL} is no JSON object with an object 'extractor'")
+    return protocol
 
 
 def _tensor(array: np.ndarray) -> Tensor:

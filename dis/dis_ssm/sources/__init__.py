@@ -12,7 +12,8 @@ from pathlib import Path
 
 from dis_ssm.sources import arrays, files, tables
 from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, Pixels
-from dis_ssm.sources.files import IMAGE_SUFFIXES
+from dis_ssm.sources.reading import check_regular
+from dis_ssm.sources.walk import IMAGE_SUFFIXES
 
 __all__ = ["IMAGE_SUFFIXES", "NO_LABEL", "SOURCES", "SPLITS", "Files", "Pixels"]
 
@@ -51,6 +52,7 @@ def recognise(source: str | Path) -> tuple[str, Path]:
         return next(kind for kind, test in FOLDER_KINDS.items() if test(path)), path
     if not path.exists():
         raise ValueError(_unknown_source(str(source)))
+    check_regular(path)
     for suffix, kind in FILE_KINDS.items():
         if path.name.lower().endswith(suffix):
             return kind, path

@@ -2,19 +2,22 @@
 
 import gzip
 import io
+import math
 import os
 import pickle
 import struct
 import tarfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from dis_ssm.sources.base import Pixels
+from dis_ssm.sources.reading import FileError, check_size, parsing, read_bytes, read_text
 
 IDX_PREFIX = {"train": "train", "heldout": "t10k"}
 CIFAR_SHAPE = (3, 32, 32)
+MAX_ARRAY_BYTES = 2**32  # of an idx file; a CIFAR-10 archive unpacked is 0.2 GB
+PIECE = 2**24
 
 
 def digits(_: Path, split: str) -> Pixels:
@@ -65,7 +68,7 @@ def idx_folder(folder: Path, split: str) -> Pixels:
         arrays[kind] = _read_idx(path, ndim=3 if kind == "images" else 1)
     names = folder / "classes.txt"
     if names.is_file():
-        class_names = names.read_text(encoding="utf-8").splitlines()
+        class_names = read_text(names).splitlines()
     else:
         class_names = [str(k) for k in range(int(arrays["labels"].max()) + 1)]
     labels = arrays["labels"].astype(np.int64)
@@ -74,16 +77,30 @@ def idx_folder(folder: Path, split: str) -> Pixels:
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """idx: two zero bytes, the type (8 = uint8), ndim, ndim big-endian int32 sizes, the data."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        *magic, dims = struct.unpack_from(">HBB", raw)
-        shape = struct.unpack_from(f">{ndim}i", raw, 4)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
-    if magic != [0, 8] or dims != ndim or body.size != np.prod(shape) or not body.size:
-        raise ValueError(f"{path} is not an idx file of uint8 with {ndim} dimension(s)")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with parsing(f"cannot read {path}"), opener(path, "rb") as file:
+        head = file.read(4 + 4 * ndim)
+        *magic, dims = struct.unpack_from(">HBB", head)
+        if magic != [0, 8] or dims != ndim:
+            raise FileError(f"{path} is not an idx file of uint8 with {ndim} dimension(s)")
+        shape = struct.unpack_from(f">{ndim}i", head, 4)
+        size = math.prod(shape)
+        check_size(size, MAX_ARRAY_BYTES)
+        if min(shape) < 1:
+            raise ValueError(f"its sizes are {shape}")
+        body = np.frombuffer(_read_at_most(file, size), np.uint8)
+        if body.size != size or file.read(1):
+            raise ValueError(f"it does not hold the {size:,} bytes of its sizes {shape}")
     return body.reshape(shape).copy()
+
+
+def _read_at_most(file, most: int) -> bytes:
+    """Up to `most` bytes; takes memory for those that are there, not for those that are stated."""
+    parts, left = [], most
+    while left and (part := file.read(min(left, PIECE))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def cifar_home(folder: Path) -> Path | None:
@@ -131,19 +148,34 @@ def cifar(path: Path, split: str) -> Pixels:
 def _read_members(home: Path, wanted: set[str]) -> dict[str, bytes]:
     """The files of a folder or a tar archive that bear a wanted name."""
     if home.is_dir():
-        return {p.name: p.read_bytes() for p in home.iterdir() if p.name in wanted}
+        paths = [path for path in home.iterdir() if path.name in wanted and path.is_file()]
+        with parsing(f"cannot read CIFAR-10 in {home}"):
+            return {path.name: read_bytes(path) for path in paths}
     found = {}
-    try:
-        with gzip.open(home) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
+    with parsing(f"{home} is not a whole archive (get it again)"), gzip.open(home) as file:
+        unpacked = _Bounded(file, MAX_ARRAY_BYTES)
+        with tarfile.open(fileobj=unpacked, mode="r|") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
                 if name in wanted and member.isfile():
+                    check_size(member.size)
                     found[name] = archive.extractfile(member).read()
             while unpacked.read(io.DEFAULT_BUFFER_SIZE):
                 pass  # to the end, where gzip compares its checksum
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{home} is not a whole archive: {error}; get it again") from error
     return found
+
+
+class _Bounded:
+    """A stream that fails beyond `most` bytes in all."""
+
+    def __init__(self, file, most: int):
+        self.file, self.left = file, most
+
+    def read(self, size: int) -> bytes:
+        check_size(size, self.left)
+        part = self.file.read(size)
+        self.left -= len(part)
+        return part
 
 
 def _cifar_binary(raw: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:

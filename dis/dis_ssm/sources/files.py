@@ -1,193 +1,143 @@
 """Image files in folders and zip files, labelled by class folder or by a table; CelebA."""
 
 import io
-import json
 import operator
 import os
 import struct
 import zipfile
 import zlib
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, PerThread
+from dis_ssm.sources.reading import (
+    check_size,
+    parse_json,
+    read_bytes,
+    read_text,
+)
+from dis_ssm.sources.walk import (
+    IMAGE_SUFFIXES,
+    LABEL_TABLE,
+    Listing,
+    ZipListing,
+    normal_name,
+    read_table,
+    walk_folder,
+    walk_zip,
+)
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-LABEL_TABLE = "dataset.json"  # of StyleGAN and EDM: {"labels": [[name, label], ...]} or null
 CELEBA_PARTITION = {"train": "0", "heldout": "1"}
-
-
-class _Folder:
-    """The tree below a folder; names are relative to it, with slashes."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def folders(self, name: str) -> list[str]:
-        if not (self.root / name).is_dir():
-            return []
-        with os.scandir(self.root / name) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-    def images(self, name: str, deep: bool) -> list[str]:
-        found = []
-        for base, folders, files in os.walk(self.root / name):
-            if not deep:
-                folders.clear()
-            inner = Path(base).relative_to(self.root).as_posix()
-            before = "" if inner == "." else f"{inner}/"
-            found += [before + file for file in files if _is_image(file)]
-        return sorted(found, key=_parts)
-
-    def label_table(self, name: str) -> str | None:
-        path = self.root / name / LABEL_TABLE
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-
-    def files(self, names: list[str], labels, classes) -> Files:
-        return FolderFiles(self.root, names, labels, classes)
-
-
-class _Zip:
-    """The tree inside a zip file, less one folder around everything."""
-
-    def __init__(self, path: Path):
-        self.root = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                infos = {i.filename: i for i in archive.infolist() if _counts(i.filename)}
-                tops = {name.split("/")[0] for name in infos}
-                around = f"{tops.pop()}/" if len(tops) == 1 else ""
-                if any(name == around[:-1] for name in infos):
-                    around = ""  # one image, not a folder
-                self.infos = {name.removeprefix(around): info for name, info in infos.items()}
-                self.tables = {
-                    name.rpartition("/")[0]: archive.read(info).decode()
-                    for name, info in self.infos.items()
-                    if name.split("/")[-1] == LABEL_TABLE
-                }
-        except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole zip file: {error}; get it again") from error
-        self.images_in, self.folders_in = defaultdict(list), defaultdict(set)
-        for name in self.infos:
-            folder, _, file = name.rpartition("/")
-            if _is_image(file):
-                self.images_in[folder].append(name)
-        for folder in {name.rpartition("/")[0] for name in self.infos}:
-            while folder:
-                above, _, last = folder.rpartition("/")
-                self.folders_in[above].add(last)
-                folder = above
-
-    def folders(self, name: str) -> list[str]:
-        return sorted(f for f in self.folders_in[name] if not f.startswith("."))
-
-    def images(self, name: str, deep: bool) -> list[str]:
-        found = list(self.images_in[name])
-        for folder in self.folders_in[name] if deep else ():
-            found += self.images(f"{name}/{folder}" if name else folder, deep)
-        return sorted(found, key=_parts)
-
-    def label_table(self, name: str) -> str | None:
-        return self.tables.get(name)
-
-    def files(self, names: list[str], labels, classes) -> Files:
-        return ZipFiles(self.root, names, [self.infos[name] for name in names], labels, classes)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _parts(name: str) -> list[str]:
-    return name.split("/")
-
-
-def _counts(name: str) -> bool:
-    """Whether a zip's entry is a folder, an image or labels, and not what macOS adds."""
-    *folders, file = name.split("/")
-    if "__MACOSX" in folders or file.startswith("._"):
-        return False
-    return not file or _is_image(file) or file == LABEL_TABLE
+LARGEST = 2**63 - 1  # of an int64; a zip file may state more
 
 
 def folder(path: Path, split: str) -> Files:
-    return _arrange(_Folder(path), split)
+    return _arrange(walk_folder(path), split)
 
 
 def zip_file(path: Path, split: str) -> Files:
-    return _arrange(_Zip(path), split)
+    return _arrange(walk_zip(path), split)
 
 
-def _arrange(tree: _Folder | _Zip, split: str) -> Files:
+def image_files(path: Path, split: str) -> Files | None:
+    """All images of a folder or a zip file, in the order of their names and without labels; of one
+    with folders of all splits, those of `split`. None where there are no images."""
+    found = walk_folder(path) if path.is_dir() else walk_zip(path)
+    both = all(found.below(name) for name in SPLITS)
+    names = found.below(split) if both else found.images
+    if not names:
+        return None
+    if not both and split != SPLITS[0]:
+        raise ValueError(f"{path} has no split {split!r}: that takes {' and '.join(SPLITS)}")
+    return _open(found, names, [NO_LABEL] * len(names), ())
+
+
+def _open(found: Listing, names: list[str], labels, class_names) -> Files:
+    if isinstance(found, ZipListing):
+        infos = [found.infos[name] for name in names]
+        files = ZipFiles(found.root, names, infos, labels, class_names)
+    else:
+        files = FolderFiles(found.root, names, labels, class_names)
+    files.left_out = found.summary()
+    return files
+
+
+def _arrange(found: Listing, split: str) -> Files:
     """The images of `split`, labelled by class folder or by the table that lies beside them."""
-    present = [name for name in SPLITS if name in tree.folders("")]
+    present = [name for name in SPLITS if name in found.subfolders("")]
     if len(present) == 1:
         raise ValueError(
-            f"{tree.root} has a sub-folder {present[0]!r} but not both of {SPLITS}: give its "
+            f"{found.root} has a sub-folder {present[0]!r} but not both of {SPLITS}: give its "
             f"images alone, or add the other"
         )
     if not present and split == "heldout":
         raise ValueError(
-            f"{tree.root} has no held-out images: put them in {tree.root / 'heldout'} and the "
-            f"others in {tree.root / 'train'}"
+            f"{found.root} has no held-out images: put them in {found.root / 'heldout'} and the "
+            f"others in {found.root / 'train'}"
         )
     base, train = (split, "train") if present else ("", "")
-    if tree.label_table(base) is not None:
-        return tree.files(*_labels_by_table(tree, base, train))
-    return tree.files(*_labels_by_folder(tree, base, tree.folders(train)))
+    if base in found.tables:
+        return _labels_by_table(found, base, train)
+    return _labels_by_folder(found, base, found.subfolders(train))
 
 
-def _labels_by_folder(tree, base: str, classes: list[str]):
+def _labels_by_folder(found: Listing, base: str, classes: list[str]) -> Files:
     """`classes` are the sub-folders that count, in the order of their labels."""
-    where, before = tree.root / base, f"{base}/" if base else ""
-    loose, found = tree.images(base, deep=False), tree.folders(base)
-    if stray := sorted(set(found) - set(classes)):
+    where, start = found.root / base, len(base) + 1 if base else 0
+    names, present = found.below(base), set(found.subfolders(base))
+    if stray := sorted(present - set(classes)):
         raise ValueError(f"{where / stray[0]} is not a class of the train split: {classes}")
+    loose = [name for name in names if "/" not in name[start:]]
     if classes and loose:
         raise ValueError(
-            f"{tree.root / loose[0]} lies beside class folders: move it into one of {classes}"
+            f"{found.root / loose[0]} lies beside class folders: move it into one of {classes}"
         )
     if not classes and not loose:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"{where} is empty: no class folders and no images ({suffixes})")
-    names, labels = loose, [NO_LABEL] * len(loose)
-    for label, name in enumerate(classes):
-        members = tree.images(before + name, deep=True)
-        if not members and name in found:
-            raise ValueError(f"class folder {where / name} is empty: fill it or remove it")
-        names += members
-        labels += [label] * len(members)
+    if not classes:
+        return _open(found, names, [NO_LABEL] * len(names), ())
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[name[start:].partition("/")[0]] for name in names]
+    if empty := sorted(present - {classes[label] for label in set(labels)}):
+        raise ValueError(f"class folder {where / empty[0]} is empty: fill it or remove it")
     if not names:
         raise ValueError(f"{where} holds no images")
-    return names, labels, classes
+    return _open(found, names, labels, classes)
 
 
-def _labels_by_table(tree, base: str, train: str):
-    table, counted = (_read_table(tree, name) for name in (base, train))
-    names = tree.images(base, deep=True)
+def _labels_by_table(found: Listing, base: str, train: str) -> Files:
+    table, counted = (_read_table(found, name) for name in (base, train))
+    names, start = found.below(base), len(base) + 1 if base else 0
     if not names:
-        raise ValueError(f"{tree.root / base} holds no images beside its {LABEL_TABLE}")
+        raise ValueError(f"{found.root / base} holds no images beside its {LABEL_TABLE}")
     if table is None:
-        return names, [NO_LABEL] * len(names), []
-    start = len(base) + 1 if base else 0
+        return _open(found, names, [NO_LABEL] * len(names), ())
     if missing := [name for name in names if name[start:] not in table]:
-        raise ValueError(f"{tree.root / base / LABEL_TABLE} has no label of {missing[0]}")
-    classes = range(1 + max(counted.values(), default=-1) if counted else 0)
-    return names, [table[name[start:]] for name in names], [str(k) for k in classes]
+        raise ValueError(f"{found.root / base / LABEL_TABLE} has no label of {missing[0]}")
+    files = _open(found, names, [table[name[start:]] for name in names], None)
+    files.counted = np.fromiter((counted or {}).values(), np.int64)
+    return files
 
 
-def _read_table(tree, base: str) -> dict[str, int] | None:
-    where = tree.root / base / LABEL_TABLE
-    try:
-        pairs = json.loads(tree.label_table(base) or "null")["labels"]
-        table = None if pairs is None else {str(name): label for name, label in pairs}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{where} is not {{"labels": [[name, label], ...]}}: {error}') from error
-    for name, label in (table or {}).items():
-        if type(label) is not int or label < 0:
+def _read_table(found: Listing, base: str) -> dict[str, int] | None:
+    where = found.root / base / LABEL_TABLE
+    if base not in found.tables:
+        return None
+    content = parse_json(read_table(found, base), where)
+    pairs = content.get("labels", False) if isinstance(content, dict) else False
+    if pairs is None:
+        return None
+    table: dict[str, int] = {}
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(f'{where} is not {{"labels": [[name, label], ...]}}')
+        name, label = normal_name(pair[0]), pair[1]
+        if type(label) is not int or not 0 <= label <= LARGEST:
             raise ValueError(f"{where}: label {label!r} of {name} is not a class 0, 1, ...")
+        if table.setdefault(name, label) != label:
+            raise ValueError(f"{where} gives {name} the labels {table[name]} and {label}")
     return table
 
 
@@ -199,7 +149,7 @@ class FolderFiles(Files):
         self.root, self.names = root, names
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        return read_bytes(self.root / self.names[index])
 
     def title(self, index: int) -> str:
         return str(self.root / self.names[index])
@@ -227,10 +177,12 @@ class ZipFiles(Files):
         places = operator.attrgetter(
             "header_offset", "compress_size", "file_size", "compress_type", "CRC"
         )
-        self.places = np.array([places(info) for info in infos], np.int64)
+        stated = ((min(number, LARGEST) for number in places(info)) for info in infos)
+        self.places = np.array([tuple(numbers) for numbers in stated], np.int64)
 
     def read(self, index: int) -> bytes:
         offset, packed, size, method, crc = self.places[index].tolist()
+        check_size(max(packed, size))
         file = self._file()
         file.seek(offset)
         signature, *lengths = self.local_header.unpack(file.read(self.local_header.size))
@@ -267,7 +219,7 @@ def celeba(folder: Path, split: str) -> Files:
             f"or give {images} to train on every image with the usual crop"
         )
     names = []
-    for number, line in enumerate(partition.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(partition).splitlines(), 1):
         name, _, part = line.strip().partition(" ")
         if line.strip() and part.strip() not in ("0", "1", "2"):
             raise ValueError(f"{partition}, line {number}: {line!r} is not a name and 0, 1 or 2")

@@ -1,7 +1,7 @@
 """Data sets in the layout of Hugging Face: Parquet files, and Arrow as `save_to_disk` writes it."""
 
+import contextlib
 import importlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,6 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from dis_ssm.sources.base import NO_LABEL, Files, PerThread
+from dis_ssm.sources.reading import (
+    FileError,
+    check_regular,
+    check_size,
+    parse_json,
+    parsing,
+    reason,
+)
+from dis_ssm.sources.walk import is_hidden
 
 HF_SPLITS = {"train": ("train",), "heldout": ("validation", "test")}
 SPLIT_NAME = re.compile(r"(train|validation|test)(?![a-z0-9])")
@@ -36,32 +45,72 @@ def _pick_split(where: Path, found: Sequence[str], split: str) -> str:
 
 def _columns(schema, where) -> tuple[str, str | None, list[str] | None]:
     """Names of the image column and the label column (if any), and the class names (if known)."""
-    import pyarrow as pa
-
-    def holds_bytes(type_) -> bool:
-        if pa.types.is_struct(type_):
-            return type_.get_field_index("bytes") >= 0
-        return pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
-
-    images = [field.name for field in schema if holds_bytes(field.type)]
-    image = "image" if "image" in images else images[0] if len(images) == 1 else None
-    if image is None:
+    images = [field.name for field in schema if _is_binary(field.type)]
+    texts = [field.name for field in schema if _is_text(field.type)]
+    image = "image" if "image" in images + texts else images[0] if len(images) == 1 else None
+    if image is None or schema.names.count(image) > 1:
         raise ValueError(
             f"{where} has the columns {schema.names}: one of them must be 'image' and hold encoded "
             f"images, as bytes or {{bytes, path}}"
         )
-    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stated.get("info", {}).get("features", {})
-    classes = [
-        n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"
-    ]
+    named = _stated_classes(schema.metadata or {}, where)
+    classes = [name for name in named if name in schema.names]
     if "label" in schema.names:
         label = "label"
     elif len(classes) > 1:
         raise ValueError(f"{where} has the label columns {classes}: rename one of them to 'label'")
     else:
         label = classes[0] if classes else None
-    return image, label, features[label].get("names") if label in classes else None
+    return image, label, named.get(label)
+
+
+def _is_binary(type_) -> bool:
+    """Whether a column can hold encoded images: bytes, or {bytes, path}."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(type_):
+        inner = type_.get_field_index("bytes")
+        return inner >= 0 and (_is_binary(type_[inner].type) or _is_text(type_[inner].type))
+    if pa.types.is_dictionary(type_):
+        return _is_binary(type_.value_type)
+    kinds = ("binary", "large_binary", "binary_view", "fixed_size_binary")
+    return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
+
+
+def _is_text(type_) -> bool:
+    """Some writers declare bytes as text; such a column must be called 'image'."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(type_):
+        return _is_text(type_.value_type)
+    kinds = ("string", "large_string", "string_view")
+    return any(getattr(pa.types, f"is_{kind}")(type_) for kind in kinds)
+
+
+def _stated_classes(metadata: dict[bytes, bytes], where) -> dict[str, list[str] | None]:
+    """The ClassLabel columns that `datasets` notes in a schema, and the names of their classes."""
+    where = f"{where}: its metadata 'huggingface'"
+    stated = parse_json(metadata.get(b"huggingface", b"{}"), where)
+    features = stated
+    for field in ("info", "features"):
+        if not isinstance(features, dict):
+            break
+        features = {} if features.get(field) is None else features[field]
+    if not isinstance(features, dict):
+        raise FileError(
+            f"{where} is {str(stated)[:80]!r}, without the object info.features: write the file "
+            f"again, or drop the metadata"
+        )
+    classes = {
+        name: feature.get("names")
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+    for name, names in classes.items():
+        texts = isinstance(names, list) and all(isinstance(text, str) for text in names)
+        if names is not None and not texts:
+            raise FileError(f"{where} has info.features.{name}.names {str(names)[:80]}: no names")
+    return classes
 
 
 def _label_values(column, where) -> np.ndarray:
@@ -75,16 +124,34 @@ def _label_values(column, where) -> np.ndarray:
     return column.to_numpy().astype(np.int64)
 
 
-def _image_bytes(value) -> bytes:
-    raw = value.get("bytes") if isinstance(value, dict) else value
-    if raw is None:
+@contextlib.contextmanager
+def _row_errors():
+    """What Arrow raises for a damaged row, as an error that `Files.read` allows."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(reason(error)) from error
+
+
+def _image_bytes(scalar) -> bytes:
+    """The bytes of an Arrow scalar of any type that `_columns` takes."""
+    if scalar.is_valid and hasattr(scalar, "keys"):
+        scalar = scalar["bytes"]
+    if scalar.is_valid and hasattr(scalar, "dictionary"):
+        scalar = scalar.value
+    if not scalar.is_valid:
         raise ValueError("the row holds no bytes (a path alone is not followed)")
-    return raw
+    content = scalar.as_buffer()
+    check_size(content.size)
+    return content.to_pybytes()
 
 
 def parquet_paths(folder: Path) -> list[Path]:
     places = (folder, folder / "data", *(folder / s for names in HF_SPLITS.values() for s in names))
-    return sorted({path for place in places for path in place.glob("*.parquet")})
+    found = {path for place in places for path in place.glob("*.parquet")}
+    return sorted(path for path in found if path.is_file() and not is_hidden(path.name))
 
 
 def parquet(path: Path, split: str) -> Files:
@@ -120,13 +187,11 @@ def _check_complete(shards: list[Path]) -> None:
 
 
 def _open_parquet(path: Path):
-    import pyarrow as pa
     import pyarrow.parquet
 
-    try:
+    check_regular(path)
+    with parsing(f"{path} is not a whole Parquet file (get it again)"):
         return pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole Parquet file: {error}; get it again") from error
 
 
 class ParquetFiles(Files):
@@ -148,23 +213,30 @@ class ParquetFiles(Files):
                 labels.append(_label_column(file, label, shard))
         if len(columns) > 1:
             raise ValueError(f"{path}: shards differ in their columns or class names: {columns}")
-        if label and names is None:  # a class that only the other split has counts as well
-            count = 1 + max(_largest_label(shard, label) for shard in all_shards)
-            names = [str(k) for k in range(count)]
         self.groups = np.array(groups, np.int64).reshape(-1, 3)
         self.starts = np.cumsum(np.r_[0, self.groups[:, 2]])
-        super().__init__(str(path), np.concatenate(labels), names or ())
+        self.label, self.all_shards = label, all_shards
+        super().__init__(str(path), np.concatenate(labels), names if label else ())
         if not len(self.labels):
             raise ValueError(f"{path} holds no images")
 
+    def used_labels(self) -> np.ndarray:
+        """A class that only the other split has counts as well."""
+        found = []
+        for shard in self.all_shards:
+            with _open_parquet(shard) as file:
+                found.append(np.unique(_label_column(file, self.label, shard)))
+        return np.unique(np.concatenate(found))
+
     def read(self, index: int) -> bytes:
         k = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if self.held.key != k:
-            shard, group, _ = self.groups[k].tolist()
-            with _open_parquet(self.shards[shard]) as file:
-                table = file.read_row_group(group, columns=[self.image], use_threads=False)
-            self.held.key, self.held.value = k, table.column(self.image)
-        return _image_bytes(self.held.value[index - int(self.starts[k])].as_py())
+        with _row_errors():
+            if self.held.key != k:
+                shard, group, _ = self.groups[k].tolist()
+                with _open_parquet(self.shards[shard]) as file:
+                    table = file.read_row_group(group, columns=[self.image], use_threads=False)
+                self.held.key, self.held.value = k, table.column(self.image)
+            return _image_bytes(self.held.value[index - int(self.starts[k])])
 
     def title(self, index: int) -> str:
         k = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -176,12 +248,9 @@ class ParquetFiles(Files):
 def _label_column(file, label: str | None, where: Path) -> np.ndarray:
     if label is None:
         return np.full(file.metadata.num_rows, NO_LABEL)
-    return _label_values(file.read([label]).column(0), where)
-
-
-def _largest_label(shard: Path, label: str) -> int:
-    with _open_parquet(shard) as file:
-        return int(_label_column(file, label, shard).max(initial=-1))
+    with parsing(f"{where}: column {label!r} is damaged"):
+        column = file.read([label]).column(0)
+    return _label_values(column, where)
 
 
 def is_saved(folder: Path) -> bool:
@@ -193,35 +262,42 @@ def is_saved(folder: Path) -> bool:
 def arrow(path: Path, split: str) -> Files:
     """What `save_to_disk` wrote, memory-mapped; one data set without splits is all "train"."""
     datasets = _need("datasets")
-    try:
+    for file in path.glob("**/*.arrow"):
+        check_regular(file)
+    with parsing(f"{path} is not a whole save_to_disk folder"):
         found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole save_to_disk folder: {error}") from error
     if isinstance(found, datasets.DatasetDict):
-        found = found[_pick_split(path, list(found), split)]
-    elif split == "heldout":
+        return ArrowFiles(path, found[_pick_split(path, list(found), split)], list(found.values()))
+    if split == "heldout":
         _pick_split(path, ["train"], split)
-    return ArrowFiles(path, found)
+    return ArrowFiles(path, found, [found])
 
 
 class ArrowFiles(Files):
     """Rows of a memory-mapped `datasets.Dataset`, encoded as they are stored."""
 
-    def __init__(self, path: Path, dataset):
-        self.image, label, names = _columns(dataset.features.arrow_schema, path)
-        if label is None:
-            labels = np.full(len(dataset), NO_LABEL)
-        else:
-            table = dataset.select_columns([label]).with_format("arrow")[:]
-            labels = _label_values(table.column(0), path)
-            names = names or [str(k) for k in range(1 + labels.max(initial=-1))]
-        super().__init__(str(path), labels, names or ())
-        if not len(labels):
+    def __init__(self, path: Path, dataset, all_splits: list):
+        self.image, self.label, names = _columns(dataset.features.arrow_schema, path)
+        self.name, self.all_splits = str(path), all_splits
+        super().__init__(str(path), self._labels(dataset), names if self.label else ())
+        if not len(self.labels):
             raise ValueError(f"{path} holds no images")
         self.rows = dataset.select_columns([self.image]).with_format("arrow")
 
+    def used_labels(self) -> np.ndarray:
+        return np.unique(np.concatenate([self._labels(dataset) for dataset in self.all_splits]))
+
+    def _labels(self, dataset) -> np.ndarray:
+        if self.label is None:
+            return np.full(len(dataset), NO_LABEL)
+        if self.label not in dataset.column_names:
+            raise ValueError(f"{self.name}: a split has no column {self.label!r}")
+        table = dataset.select_columns([self.label]).with_format("arrow")[:]
+        return _label_values(table.column(0), self.name)
+
     def read(self, index: int) -> bytes:
-        return _image_bytes(self.rows[index].column(0)[0].as_py())
+        with _row_errors():
+            return _image_bytes(self.rows[index].column(0)[0])
 
     def title(self, index: int) -> str:
         return f"{self.name}, row {index}"
