@@ -456,6 +456,33 @@ def test_too_many_nans_stop_all_with_the_state_saved(uninterrupted, tmp_path, pa
     assert_same(run, uninterrupted(2, parallel))
 
 
+# ---- a rank that hangs ----------------------------------------------------------------------
+
+
+HANGING = """
+if rank == 1:
+    from dis_ssm import batches
+    read = batches.read_batch
+    def hang(config, dataset, step, world):
+        if step == 6:
+            pause()
+        return read(config, dataset, step, world)
+    batches.read_batch = hang
+"""
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_others(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    ranks = Ranks(run, 2, "ddp", "--train.timeout-minutes", "0.05", faults=HANGING)
+    ranks.processes[0].join(60)
+    ranks.send(signal.SIGKILL)
+    assert ranks.processes[0].exitcode == 1, ranks.said
+    assert re.search("rank 0 has waited 0:00:03 for step 7: rank 1 has not begun it", ranks.said)
+    assert steps(run) == [SAVES]
+    finish(run, 2)
+    assert_same(run, uninterrupted(2))
+
+
 # ---- SIGTERM -------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ MOST_BLOCKS = 10**4
 MOST_STEPS = 10**12  # of training
 MOST_TIMESTEPS = 10**6  # of the diffusion
 MOST_CLASSES = 10**7
+MOST_MINUTES = 10**6
 LARGEST_SEED = 2**63 - 1
 
 
@@ -160,12 +161,14 @@ class TrainConfig:
     save_every: int = 5000
     keep: int = 3  # newest checkpoints kept
     device: str | None = None  # None: cuda if there is one, else cpu
+    timeout_minutes: float = 30.0  # of a step in many processes, one of which may hang
 
     def __post_init__(self):
         _finite(self)
         _positive(self, "steps", "batch_size", "micro_batch_size", "lr", "ema_warmup")
-        _positive(self, "max_nonfinite", "log_every", "save_every", "keep")
+        _positive(self, "max_nonfinite", "log_every", "save_every", "keep", "timeout_minutes")
         _at_most(self, steps=MOST_STEPS, warmup_steps=MOST_STEPS, seed=LARGEST_SEED)
+        _at_most(self, timeout_minutes=MOST_MINUTES)
         _at_most(self, batch_size=MOST_IMAGES, micro_batch_size=MOST_IMAGES)
         _fraction(self, "ema_decay")
         for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"):
@@ -237,6 +240,7 @@ class Config:
 # What may differ when a run is continued: it changes what is written, not what is learned.
 FREE_ON_RESUME = frozenset(
     {"out", "train.max_nonfinite", "train.log_every", "train.save_every", "train.keep"}
+    | {"train.timeout_minutes"}
     | {"train.device", "train.parallel", "train.micro_batch_size", "train.compile", "train.wandb"}
     | {"train.grad_checkpointing", "data.max_corrupt", "data.workers", "data.vae"}
     | {f"sample.{f.name}" for f in dataclasses.fields(SampleConfig)}

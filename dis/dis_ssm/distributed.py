@@ -7,6 +7,8 @@ nothing here communicates.
 
 import gc
 import os
+import sys
+import threading
 import time
 import uuid
 import warnings
@@ -27,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dis_ssm.config import pick_device
 
-TIMEOUT = timedelta(minutes=15)  # of one collective: a lost rank ends the others then
+TIMEOUT = timedelta(minutes=30)  # of one collective: a lost rank ends the others then
+BEGUN = "dis_ssm/begun"  # in the store: the last step that each rank has begun
 
 
 class RankError(RuntimeError):
@@ -77,6 +80,41 @@ class World:
         return values
 
     @contextmanager
+    def step(self, number: int, limit: timedelta) -> Iterator[None]:
+        """Step `number` of all ranks in the `with`. Should it not end within `limit`, this process
+        does, with status 1 and one line that names the ranks which have not begun the step."""
+        if self.store is None:
+            yield
+            return
+        self.store.set(f"{BEGUN}/{self.rank}", str(number))
+        timer = threading.Timer(limit.total_seconds(), self._give_up, (number, limit))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self, number: int, limit: timedelta) -> None:
+        keys = [f"{BEGUN}/{rank}" for rank in range(self.size)]
+        try:
+            late = [
+                rank
+                for rank, key in enumerate(keys)
+                if not self.store.check([key]) or int(self.store.get(key)) < number
+            ]
+            who = f"rank {', '.join(map(str, late))} has not begun it" if late else "all began it"
+        except RuntimeError as error:  # the store was rank 0's or torchrun's
+            who = f"the store does not answer: {error}"
+        print(
+            f"dis-ssm: error: rank {self.rank} has waited {limit} for step {number}: {who}. The "
+            f"same command again continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    @contextmanager
     def together(self) -> Iterator[None]:
         """What one rank fails to do in the `with`, all ranks fail to do.
 
@@ -100,11 +138,11 @@ ALONE = World(torch.device("cpu"))
 
 
 @contextmanager
-def join_world(device: str | None = None) -> Iterator[World]:
+def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """The world that the environment describes; its process group lives as long as the `with`.
 
     `device` is "cuda", "cpu" or None for the best there is; each process takes the GPU of its
-    LOCAL_RANK. ValueError when it cannot be used.
+    LOCAL_RANK. ValueError when it cannot be used. What all do together fails after `timeout`.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or dist.is_initialized():
@@ -119,7 +157,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     store = _unwritten(store, rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     yield World(found, rank, size, store)
     gc.collect()  # DDP must let go of the group first: ending it there can dead-lock with gloo
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for us

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def train(config: Config) -> Outcome:
     `max_nonfinite` non-finite steps in a row (the state is saved first), CheckpointError when no
     checkpoint is intact.
     """
-    with join_world(config.train.device) as world:
+    limit = timedelta(minutes=config.train.timeout_minutes)
+    with join_world(config.train.device, limit + timedelta(minutes=1)) as world:
         return _run(config, world)
 
 
@@ -328,6 +330,7 @@ def _train(
     trainer: Trainer, dataset: ImageDataset, stop: StopSignal, log: RunLog, show: Callable[[], None]
 ) -> None:
     config, settings, world = trainer.config, trainer.config.train, trainer.world
+    limit = timedelta(minutes=settings.timeout_minutes)
     bar = tqdm(
         total=settings.steps,
         initial=trainer.step,
@@ -345,7 +348,8 @@ def _train(
         clock = time.perf_counter()
         for batch in stream:
             waited = time.perf_counter() - clock
-            metrics = trainer.update(batch, stop.received)
+            with world.step(trainer.step + 1, limit):
+                metrics = trainer.update(batch, stop.received)
             log.add(metrics, settings.batch_size, time.perf_counter() - clock, waited)
             if trainer.reached(settings.log_every):
                 epoch = trainer.step * settings.batch_size / len(dataset)
