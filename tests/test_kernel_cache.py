@@ -203,13 +203,16 @@ def test_a_file_that_others_can_write_is_not_read(folders, caplog):
     assert str(path) in record.message and "compiled anew" in record.message
 
 
-def test_links_and_pipes_are_not_read(folders):
+def test_links_pipes_and_folders_are_not_read(folders):
     path, _ = cache.find("a.bin")
     cache.install(path.with_name("b.bin"), b"code")
     path.symlink_to("b.bin")
     assert cache.read(path) is None
     path.unlink()
     os.mkfifo(path)
+    assert cache.read(path) is None
+    path.unlink()
+    path.mkdir()
     assert cache.read(path) is None
 
 

@@ -58,10 +58,11 @@ def read(path: Path) -> bytes | None:
         )
     except OSError:
         return None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        return None
     with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            return None
         if reason := _foreign(path, status):
             say_once(f"{reason}: it is not run, but compiled anew")
             return None
