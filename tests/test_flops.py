@@ -306,7 +306,7 @@ def test_json_and_figure(printed):
         ("--models dit-xl/2", "did you mean DiT-XL/2"),
         ("--size 33 32", "no patch of 2, 4, 8 divides 33x32"),
         ("--size 36 30 --models DiT-S/4", "patch_size 4 does not divide the input size 36x30"),
-        ("--size 0 8", "sides and channels must be 1 or more"),
+        ("--size 0 8", "sides and channels must be 1 to 65,536"),
         ("--channels 0", "channels 0"),
         ("--classes -1", "classes -1"),
         ("--json /proc/none/flops.json", "cannot write /proc/none/flops.json"),

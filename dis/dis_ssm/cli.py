@@ -343,8 +343,10 @@ def evaluate(
         keep=keep,
     )
     path = out or scores_path(folder, scores)
-    write_json(path, scores)
-    print(format_scores(scores))
+    try:
+        write_json(path, scores)
+    finally:  # a full disk should not cost the scores, nor a closed pipe the report
+        print(format_scores(scores))
     print(path)
     return 0
 
@@ -381,8 +383,10 @@ def _evaluate_images(
     with join_world(device) as world:
         report = evaluate_samples(samples, reference, world=world, progress=world.main, **options)
         if world.main:
-            write_json(out, report)
-            print(format_report(report))
+            try:
+                write_json(out, report)
+            finally:
+                print(format_report(report))
             print(out)
     return 0
 
