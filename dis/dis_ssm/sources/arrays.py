@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import struct
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -207,12 +208,21 @@ def _text(value: str | bytes) -> str:
 
 def _unpickle(raw: bytes, where: str) -> dict:
     try:
+        _check_memo(raw)
         content = _InertUnpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a damaged pickle fails in any way it likes
         raise ValueError(f"{where} cannot be read safely: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} holds no dictionary")
     return {_text(key): value for key, value in content.items()}
+
+
+def _check_memo(raw: bytes) -> None:
+    """ValueError for a pickle that numbers an object beyond its own length: the unpickler takes 16
+    bytes for every number up to that."""
+    for opcode, argument, _ in pickletools.genops(raw):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(raw):
+            raise ValueError(f"it numbers an object {argument:,}")
 
 
 class _Inert:

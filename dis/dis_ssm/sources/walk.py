@@ -22,8 +22,8 @@ LABEL_TABLE = "dataset.json"  # of StyleGAN and EDM: {"labels": [[name, label], 
 SYSTEM = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # besides names with a dot
 NAMED = 3  # of the names that are left out for one reason
 
-NO_IMAGE, HIDDEN = "no images", "hidden or of the system"
-IRREGULAR, CYCLE = "no regular files", "links to a folder around them"
+NO_IMAGE, HIDDEN = "that are no images", "hidden or of the system"
+IRREGULAR, CYCLE = "that are no regular files", "links to a folder around them"
 
 
 @dataclass
