@@ -28,6 +28,14 @@ SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and p
     if hasattr(signal, name)
 )
 LOCK = ".lock"
+BOARD_GROUPS = {  # TensorBoard's tags are GROUP/name; the names are the log's
+    "loss": ("loss", "mse", "vb", "loss_q1", "loss_q2", "loss_q3", "loss_q4"),
+    "optimizer": ("lr", "grad_norm", "nonfinite"),
+    "speed": ("images_per_second", "tflops", "mfu", "memory_gb", "data_wait"),
+    "progress": ("epoch", "seconds", "eta_hours"),
+}
+SCORES = "score"  # the group of all other tags
+GROUP_OF = {name: group for group, names in BOARD_GROUPS.items() for name in names}
 
 
 @contextlib.contextmanager
@@ -257,7 +265,7 @@ class RunLog:
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(f"{GROUP_OF.get(name, SCORES)}/{name}", value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
 

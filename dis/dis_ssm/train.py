@@ -6,6 +6,7 @@ a step, to stop, to save, is decided from sums over all ranks, so that all decid
 
 import contextlib
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -56,7 +57,8 @@ from dis_ssm.runs import Gauge, RunLog, StopSignal, exclusive, preview_path, sco
 PARTS = ("model", "ema", "optimizer")
 TRAINER_STATE = ("nonfinite", "nonfinite_in_a_row", "ema_updates", "images", "machine", "meter")
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
-SHOWN = ("loss", "images_per_second", "mfu", "grad_norm", "memory_gb", "data_wait")  # in the bar
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}, ETA {remaining}"
+BAR_WIDTH = 100  # columns, in a narrower terminal fewer
 LOGGED = ("loss", "mse", "vb", "grad_norm", *(f"loss_q{i + 1}" for i in range(QUARTERS)))
 
 
@@ -327,7 +329,8 @@ def _train(
     bar = tqdm(
         total=settings.steps,
         initial=trainer.step,
-        unit="step",
+        bar_format=BAR,
+        ncols=min(BAR_WIDTH, shutil.get_terminal_size((BAR_WIDTH, 1)).columns),
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
         disable=not world.main,
     )
@@ -348,7 +351,7 @@ def _train(
                 rate = learning_rate(trainer.step - 1, settings)
                 remaining = (settings.steps - trainer.step) * settings.batch_size
                 line = log.write(trainer.step, epoch, rate, trainer.nonfinite, remaining, LOGGED)
-                bar.set_postfix({name: line[name] for name in SHOWN}, refresh=False)
+                bar.set_postfix_str(_pace(line), refresh=False)
             bar.update()
             diverged = trainer.nonfinite_in_a_row >= settings.max_nonfinite
             saves = trainer.reached(settings.save_every) or diverged or trainer.stopped_by
@@ -369,6 +372,12 @@ def _train(
             if trainer.stopped_by:
                 return
             clock = time.perf_counter()
+
+
+def _pace(line: dict[str, Any]) -> str:
+    """What the progress bar shows of a line of the log."""
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    return f"loss {loss}, {line['images_per_second']:.4g} images/s"
 
 
 def _show(
