@@ -24,7 +24,8 @@ import tyro
 from tyro.conf import Positional
 
 from dis_ssm.checkpoint import locate, read_state
-from dis_ssm.cli import evaluate, sample
+from dis_ssm.cli.evaluate import evaluate
+from dis_ssm.cli.sample import sample
 from dis_ssm.config import from_dict, sample_settings, to_dict
 from dis_ssm.distributed import World, join_world
 from dis_ssm.images import samples_name

@@ -5,6 +5,7 @@ a step, to stop, to save, is decided from sums over all ranks, so that all decid
 """
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import sys
@@ -36,6 +37,7 @@ from dis_ssm.checkpoint import (
     versions,
     write_json,
 )
+from dis_ssm.classes import keep_class_names
 from dis_ssm.config import (
     Config,
     build_diffusion,
@@ -50,9 +52,20 @@ from dis_ssm.data import ImageDataset
 from dis_ssm.distributed import World, join_world, reducing, spread, whole
 from dis_ssm.ema import EMA
 from dis_ssm.flops import peak_flops, training_flops
+from dis_ssm.ops.backend import check_forced
 from dis_ssm.optimizer import build_optimizer, learning_rate
 from dis_ssm.preview import Painter, Scorer, Stopped
-from dis_ssm.runs import Gauge, RunLog, StopSignal, exclusive, preview_path, score_path
+from dis_ssm.runs import (
+    CONFIG,
+    EXTENDED_FROM,
+    Gauge,
+    RunLog,
+    StopSignal,
+    exclusive,
+    preview_path,
+    require_wandb,
+    score_path,
+)
 
 PARTS = ("model", "ema", "optimizer")
 TRAINER_STATE = ("nonfinite", "nonfinite_in_a_row", "ema_updates", "images", "machine", "meter")
@@ -71,23 +84,37 @@ class Outcome:
     stopped_by: int | None = None
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, *, extend: int | None = None) -> Outcome:
     """Train until `config.train.steps`, or continue the run in `config.out` where it stopped.
 
     Under torchrun the processes train one model together; the global batch, and so the result to
     rounding, stays the same. A continued run equals an uninterrupted one bit for bit on the same
-    devices, with the same threads and versions; otherwise it continues with a warning. On a
+    devices, with the same threads and versions; otherwise it continues with a warning. `extend`
+    continues a run to that step, beyond its `train.steps`: the learning rate's schedule then ends
+    there, and the next line of the log has the former end as "extended_from". On a
     signal of `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError
     for settings that contradict the data or the saved run, FloatingPointError after
     `max_nonfinite` non-finite steps in a row (the state is saved first), CheckpointError when no
     checkpoint is intact.
     """
     with join_world(config.train.device) as world:
-        return _run(config, world)
+        return _run(config, extend, world)
 
 
-def _run(config: Config, world: World) -> Outcome:
+def extended(config: Config, steps: int) -> Config:
+    """`config` with its last step at `steps`."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def _run(config: Config, extend: int | None, world: World) -> Outcome:
+    check_forced()
     with contextlib.ExitStack() as stack:
+        if extend is not None:
+            config = extended(config, extend)
+            if not world.gather(complete_checkpoints(config.out))[0]:
+                raise ValueError(f"{config.out} has no checkpoint to extend: leave out --extend")
+        if config.train.wandb and world.main:
+            require_wandb()
         config, dataset = open_run(config)
         trainer = Trainer(config, world)  # before the folder is made: what is refused leaves none
         painter = Painter(config, dataset, world)
@@ -97,9 +124,9 @@ def _run(config: Config, world: World) -> Outcome:
             if world.main:
                 stack.enter_context(exclusive(run))
         stop = stack.enter_context(StopSignal())
-        meter = _resume(trainer, run, len(dataset))
+        meter = _resume(trainer, run, len(dataset), extend is not None)
         if world.main:
-            _announce(trainer, len(dataset), painter.visible)
+            _announce(trainer, dataset, painter.visible)
         # a process killed between saving a step and drawing it still owes the preview
         if trainer.step < steps or any(_due(trainer, painter, scorer)):
             gauge = Gauge(training_flops(config), peak_flops(config, world), world.device)
@@ -274,16 +301,18 @@ class Trainer:
         self.nonfinite_in_a_row = saved["trainer"]["nonfinite_in_a_row"]
 
 
-def _announce(trainer: Trainer, images: int, visible: bool) -> None:
+def _announce(trainer: Trainer, dataset: ImageDataset, visible: bool) -> None:
     config, world = trainer.config, trainer.world
     if trainer.step >= config.train.steps:
         print(f"{config.out} is done: {trainer.step} of {config.train.steps} steps")
         return
-    write_json(config.out / "config.json", to_dict(config))
+    write_json(config.out / CONFIG, to_dict(config))
+    if config.model.num_classes:
+        keep_class_names(config.out, dataset.class_names)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     where = trainer.device.type + (f" x {world.size}" if world.size > 1 else "")
     print(
-        f"{config.out}: {parameters:,} parameters, {images:,} images, steps "
+        f"{config.out}: {parameters:,} parameters, {len(dataset):,} images, steps "
         f"{trainer.step:,} to {config.train.steps:,} on {where}",
         flush=True,
     )
@@ -291,7 +320,7 @@ def _announce(trainer: Trainer, images: int, visible: bool) -> None:
         print("no previews: latents are shown by their VAE, give data.vae", flush=True)
 
 
-def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
+def _resume(trainer: Trainer, run: Path, images: int, extends: bool) -> dict[str, float]:
     """Restore the newest intact checkpoint, if any; the log's running sums."""
     with trainer.world.together():
         if trainer.world.main:
@@ -302,13 +331,19 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     folder, saved = found
     if lacking := [name for name in TRAINER_STATE if name not in saved["trainer"]]:
         raise CheckpointError(f"{folder / STATE} lacks trainer.{lacking[0]}: restore it")
-    changed = differences(from_dict(saved["config"]), trainer.config)
+    old, steps = from_dict(saved["config"]), trainer.config.train.steps
+    former = old.train.steps
+    if extends and steps > former:
+        old = extended(old, steps)
+    changed = differences(old, trainer.config)
     if saved["trainer"]["images"] != images:
         changed.append(f"images in data.source: {saved['trainer']['images']} -> {images}")
     if changed:
+        longer = f", --extend {steps} to move the last step" if steps > former else ""
         raise ValueError(
             f"{run} was trained with other settings ({'; '.join(changed)}): give those again to "
-            f"continue it, or another --out to start a new run"
+            f"continue it{longer}, or another --out to start a new run; --train.init {run} starts "
+            f"that from this one's averaged weights"
         )
     before, now = saved["trainer"]["machine"] | saved["versions"], trainer.machine() | versions()
     moved = [
@@ -319,7 +354,16 @@ def _resume(trainer: Trainer, run: Path, images: int) -> dict[str, float]:
     if moved and trainer.world.main:
         warnings.warn(f"{run} continues, though not bit for bit: {', '.join(moved)}", stacklevel=2)
     trainer.restore(folder, saved)
-    return saved["trainer"]["meter"]
+    meter = saved["trainer"]["meter"]
+    if old.train.steps == former:
+        return meter
+    if trainer.world.main:
+        print(
+            f"{run} is extended from {former:,} to {steps:,} steps: the learning rate's schedule "
+            f"ends there",
+            flush=True,
+        )
+    return meter | {EXTENDED_FROM: former}
 
 
 def _train(
