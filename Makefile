@@ -9,13 +9,13 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test survival rehearsal lint clean
 
-# Trains, samples and scores a small DiS; run again, it resumes or says that it is done.
+# Trains, samples and scores a small DiS; run again, it resumes, or shows what is there already.
 demo: $(READY)
 	$(BIN)/dis-ssm train experiments/configs/$(DATA).toml --out runs/$(DATA)
 	$(BIN)/dis-ssm sample runs/$(DATA)
 	$(BIN)/dis-ssm evaluate runs/$(DATA)
 
-# Training on many processes: the same result at any width, and after every kind of fault.
+# Training on many processes: the same result, to rounding, at any width, and after every fault.
 survival: $(READY)
 	$(BIN)/python -m pytest -m "distributed and not slow"
 

@@ -5,7 +5,7 @@
 Unconditional models of the 8x8 digits, as many steps for all; the Fréchet distance of the averaged
 model's samples to held-out images, over training, mean and standard error over seeds. A run lives
 in RUNS/NAME-SEED; the same command again continues a killed run and repeats none. Writes
-experiments/results/ablations.json, .png and .md. From the repository's root.
+RUNS/ablations.json, .png and .md, or --results FILE. From the repository's root.
 """
 
 from __future__ import annotations
@@ -172,8 +172,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    runs, results = Path("runs/ablations"), study.RESULTS / "ablations.json"
-    options = study.parse(study.Options(base(), runs, results), __doc__, arguments)
+    options = study.parse(study.Options(base(), Path("runs/ablations")), __doc__, arguments)
     config = options.config
     variants = {
         name: study.seeded(study.change(config, model=values), name, options)
@@ -191,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [name for name, row in report["variants"].items() if row is None]:
         raise ValueError(f"no finished run of {', '.join(missing)}: run it without --collect")
     report["findings"] = [finding(title, report["variants"]) for title in ABLATIONS]
-    study.publish(report, options.results, text, draw)
+    study.publish(report, options.results or options.runs / "ablations.json", text, draw)
 
 
 if __name__ == "__main__":

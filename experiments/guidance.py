@@ -5,8 +5,8 @@
 
 For each scale the images are drawn as `dis-ssm sample` draws a set, into RUN/guidance, and scored
 as `dis-ssm evaluate` scores it; the same command again goes on where it was killed. Without a
-REFERENCE the run's data is one. Writes experiments/results/guidance.json, .png and .md; errors are
-standard errors from repeated halves of the samples.
+REFERENCE the run's data is one. Writes RUN/guidance/guidance.json, .png and .md, or --results FILE;
+errors are standard errors from repeated halves of the samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import tyro
 from tyro.conf import Positional
 
 from dis_ssm.checkpoint import locate, read_state
-from dis_ssm.cli import evaluate, sample
+from dis_ssm.cli.evaluate import evaluate
+from dis_ssm.cli.sample import sample
 from dis_ssm.config import from_dict, sample_settings, to_dict
 from dis_ssm.distributed import World, join_world
 from dis_ssm.images import samples_name
@@ -48,7 +49,7 @@ class Options:
     weights: Path | None = None  # a file, of the extractor
     split: Literal["train", "heldout"] = "train"  # of a reference that is a data set
     real: bool = False  # score `num` training images of the run's data likewise
-    results: Path = study.RESULTS / "guidance.json"
+    results: Path | None = None  # NAME.json, and NAME.png, NAME.md beside it; unset: RUN/guidance
     threads: int = 1  # of the CPU
 
 
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report["real"] = real and real["scores"]
     drawing = {"steps": options.steps, "sampler": options.sampler}
     report["drawing"] = {key: value for key, value in drawing.items() if value is not None}
-    study.publish(report, options.results, text, draw)
+    study.publish(report, options.results or sweep.folder / "guidance.json", text, draw)
 
 
 if __name__ == "__main__":

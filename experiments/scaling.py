@@ -5,8 +5,8 @@
 A model is a size of Table 1 or WIDTHxDEPTH. Flags of dis-ssm train change all runs; a run lives in
 RUNS/MODEL-PATCH-SEED and is not repeated, nor is one that `--reuse` folders hold already. On a
 cluster, submit the lines that `--list` prints, then run the same command with `--collect`. Writes
-experiments/results/scaling.json, .png and .md. GFLOPs are those of one image's forward pass, scan
-and convolutions included.
+RUNS/scaling.json, .png and .md, or --results FILE. GFLOPs are those of one image's forward pass,
+scan and convolutions included.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def text(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    runs, results = Path("runs/scaling"), study.RESULTS / "scaling.json"
-    default = Options(load_config("imagenet256"), runs, results, seeds=1, base="imagenet256")
+    runs = Path("runs/scaling")
+    default = Options(load_config("imagenet256"), runs, seeds=1, base="imagenet256")
     options = study.parse(default, __doc__, arguments)
     points = {
         (model, patch): study.seeded(
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not report["points"]:
         raise ValueError(f"no run in {options.runs} is finished: run it without --collect")
     report["correlation"] = correlation(report["points"])
-    study.publish(report, options.results, text, draw)
+    study.publish(report, options.results or options.runs / "scaling.json", text, draw)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
-from harness import RESULTS, processor, record, write
+from harness import processor, record, write
 
 from dis_ssm.batches import open_run
 from dis_ssm.checkpoint import write_json
@@ -29,7 +29,7 @@ from dis_ssm.metrics import evaluate_samples
 from dis_ssm.runs import score_path
 from dis_ssm.train import train
 
-__all__ = ["RESULTS", "write_json"]
+__all__ = ["write_json"]
 
 RECORD = "record.json"
 DECIDED = 2  # a difference counts when it exceeds so many of its standard errors
@@ -41,7 +41,7 @@ class Options:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     runs: Path  # the folder of the runs
-    results: Path  # NAME.json; NAME.png and NAME.md are written beside it
+    results: Path | None = None  # NAME.json, and NAME.png, NAME.md beside it; unset: in `runs`
     seeds: int = 3  # runs of each variant, from train.seed on; sample.seed is the same number
     threads: int = 1  # of the CPU
     list: bool = False  # print the command of each run, one a line, and do nothing

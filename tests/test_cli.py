@@ -16,6 +16,7 @@ from PIL import Image
 
 from dis_ssm import cli, distributed, generate, images
 from dis_ssm.checkpoint import load_model, save_checkpoint
+from dis_ssm.cli import evaluate as evaluate_module
 from dis_ssm.cli import main
 from dis_ssm.config import (
     Config,
@@ -351,8 +352,8 @@ def test_scores_are_printed_although_they_cannot_be_written(run, monkeypatch, ca
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(cli, "write_json", full)
-    flags = ["--num", "20", "--steps", "2", "--bound-terms", "0"]
+    monkeypatch.setattr(evaluate_module, "write_json", full)
+    flags = ["--num", "20", "--steps", "2", "--bound-terms", "0", "--seed", "9"]
     assert main(["evaluate", str(run), *flags]) == 2
     captured = capsys.readouterr()
     assert "FD-pixels" in captured.out and "no space left" in captured.err
@@ -392,10 +393,14 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
     "arguments, words",
     [
         (["{a}", "{a}", "--num", "7"], "--num has no meaning where images are scored"),
-        (["{run}", "--resize", "9"], "--resize has no meaning where a run is scored"),
+        (
+            ["{run}", "--resize", "9"],
+            "--resize has no meaning where a run is scored without a REFERENCE",
+        ),
         (["{a}", "{b}", "--extractor", "pixels", "--batch-size", "0"], "batch_size is 0"),
         (["{a}", "{b}", "--image-size", "8"], "is taken as it is"),
-        (["{run}", "{a}"], "is a run: draw a set"),
+        (["{run}", "{a}", "--keep"], "--keep has no meaning where a run is scored by"),
+        (["{run}", "--extractor", "pixels", "--weights", "x"], "takes no weights"),
         (["{a}", "{b}", "--out", "{a}"], "ends in .json"),
         (["{a}", "{b}", "--save-reference", "{b}"], "would overwrite what is scored"),
     ],
@@ -424,7 +429,7 @@ def test_reports_of_folders_are_named_after_the_whole_folder(tmp_path, capsys):
 
 def test_a_run_is_scored_by_one_process(run, monkeypatch, capsys):
     two = dataclasses.replace(distributed.ALONE, size=2)
-    monkeypatch.setattr(cli, "join_world", lambda _: contextlib.nullcontext(two))
+    monkeypatch.setattr(evaluate_module, "join_world", lambda _: contextlib.nullcontext(two))
     assert main(["evaluate", str(run)]) == 2
     assert "one process scores, not 2" in capsys.readouterr().err
 

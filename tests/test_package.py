@@ -125,6 +125,7 @@ def test_wheel_carries_modules_and_native_sources(wheel):
     assert configs
     missing = {n for n in modules | sources | configs if "__pycache__" not in n} - names
     assert not missing
+    assert "dis_ssm/py.typed" in names
     assert not {n for n in names if n.endswith((".so", ".o", ".pyc", ".dylib"))}
 
 

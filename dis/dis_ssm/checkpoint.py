@@ -338,10 +338,11 @@ def drafted(path: Path) -> Iterator[Path]:
     """A draft beside `path`, which takes its name at the end or, after an error, is removed.
 
     A link is written through; what is no regular file (a device, a pipe) is an OSError. The file
-    has the mode that the umask gives, whoever wrote the draft.
+    has the mode that the umask gives, whoever wrote the draft. The folder is made if need be.
     """
     path = _target(path)
     draft = path.with_name(DRAFT + path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _usual_mode(draft):
             yield draft
@@ -378,11 +379,11 @@ def identity(checkpoint: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of `path`; OSError now if writing it would fail later."""
+    """OSError now if writing `path`, in a folder that may have to be made, would fail later."""
     path = _target(path)
-    draft = path.with_name(DRAFT + path.name)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    draft = folder / (DRAFT + path.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()
         draft.unlink(missing_ok=True)
     except OSError as error:

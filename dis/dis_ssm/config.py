@@ -310,7 +310,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
     With a constant learning rate more steps change nothing before them, so `train.steps` may grow.
     """
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     free = set(FREE_ON_RESUME)
     if new.train.lr_schedule == "constant" and new.train.steps > old.train.steps:
         free.add("train.steps")
@@ -341,11 +341,7 @@ def resolve(config: Config, *, channels: int, height: int, width: int, num_class
     )
     check_guidance(config, config.sample.cfg_scale)
     check_guided_channels(config, config.sample)
-    if config.sample.steps > config.diffusion.num_steps:
-        raise ValueError(
-            f"sample.steps {config.sample.steps} exceeds diffusion.num_steps "
-            f"{config.diffusion.num_steps}"
-        )
+    check_steps(config, config.sample)
     return config
 
 
@@ -355,6 +351,7 @@ def sample_settings(config: Config, **flags: Any) -> SampleConfig:
     settings = dataclasses.replace(config.sample, **given)
     check_guidance(config, settings.cfg_scale)
     check_guided_channels(config, settings)
+    check_steps(config, settings)
     return settings
 
 
@@ -373,6 +370,12 @@ def check_guided_channels(config: Config, settings: SampleConfig) -> None:
     wanted, there = settings.cfg_channels, config.model.in_channels
     if wanted is not None and wanted > there:
         raise ValueError(f"cfg_channels {wanted} exceeds the {there} channels of the model")
+
+
+def check_steps(config: Config, settings: SampleConfig) -> None:
+    """ValueError when sampling takes more steps than the diffusion has."""
+    if settings.steps > (most := config.diffusion.num_steps):
+        raise ValueError(f"sample.steps {settings.steps} exceeds diffusion.num_steps {most}")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -449,7 +452,7 @@ def _convert_section(values: Any, section: type, name: str) -> Any:
 
 
 def _suggest(key: str, hints: dict[str, Any], prefix: str) -> str:
-    known = _flat(to_dict(Config()))
+    known = flat(to_dict(Config()))
     elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == key]
     near = _near(key, {k: None for k in hints}, prefix)
     if elsewhere:
@@ -462,13 +465,13 @@ def _near(key: str, known: dict[str, Any], prefix: str = "") -> str:
     return f"did you mean {prefix + matches[0]!r}?" if matches else ""
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.field": value} of nested dictionaries."""
+    found = {}
     for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
 
 
 def _toml_line(key: str, value: Any) -> str:

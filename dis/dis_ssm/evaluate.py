@@ -8,27 +8,41 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 """
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dis_ssm.checkpoint import check_writable, load_model, locate, read_state, versions
-from dis_ssm.config import build_diffusion, pick_device, sample_settings
-from dis_ssm.data import ImageDataset, epoch_order, open_dataset
+from dis_ssm.checkpoint import (
+    check_writable,
+    identity,
+    load_model,
+    locate,
+    read_state,
+    versions,
+)
+from dis_ssm.config import Config, SampleConfig, build_diffusion, pick_device, sample_settings
+from dis_ssm.data import NO_LABEL, ImageDataset, epoch_order, open_dataset
 from dis_ssm.diffusion import Diffusion
+from dis_ssm.distributed import World
+from dis_ssm.generate import Artist, open_artist
 from dis_ssm.images import draw_images, label_columns, samples_name, save_images, to_model_space
+from dis_ssm.latents import is_cache
 from dis_ssm.metrics import (
     class_accuracy,
+    evaluate_samples,
     frechet_of_features,
     pixel_features,
     require_scikit_learn,
 )
+from dis_ssm.ops.backend import check_forced
 from dis_ssm.sampling import image_generators
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
@@ -47,6 +61,7 @@ def evaluate_run(
     bound_terms: int = 32,
     device: str | None = None,
     keep: bool = False,
+    reuse: bool = False,
     progress: bool = True,
 ) -> dict:
     """Draw `num` samples from the newest checkpoint of RUN and score them.
@@ -55,7 +70,8 @@ def evaluate_run(
     `device` is a GPU when there is one. Labels are balanced: image i has class i mod K and is drawn
     from (seed, i). The bound takes `bound_images` held-out images and `bound_terms` passes each
     (even; 0 skips it). `keep` writes RUN/samples/NAME.npz as ADM does: arr_0 uint8
-    (n, H, W, C), arr_1 int64 labels.
+    (n, H, W, C), arr_1 int64 labels. `reuse` returns the scores that RUN/scores has of the same
+    checkpoint and settings, if it has them.
 
     Returns the scores (see `score_samples` and `bits_per_dim`) with how they were made: num, steps,
     sampler, cfg_scale, seed, checkpoint step, weights, device, versions, and `samples`, the NAME
@@ -72,6 +88,7 @@ def evaluate_run(
             f"terms (0: no bound) and at least one image"
         )
     started = time.perf_counter()
+    check_forced()
     device = pick_device(device)
     run, checkpoint = locate(run)
     model, config = load_model(checkpoint, weights="ema", device=device)
@@ -99,9 +116,13 @@ def evaluate_run(
         raise ValueError(f"{config.data.source}: a distance needs 2 images or more of each split")
     if bound_terms > (most := 2 * (diffusion.num_steps - 1)):
         raise ValueError(f"bound_terms is {bound_terms}: the diffusion allows at most {most}")
-    step = read_state(checkpoint)["step"]
-    name = samples_name(step, settings)
-    kept = run / "samples" / f"{name}.npz"
+    made = _made(config, checkpoint, settings, device)
+    if bound_terms:
+        bounded = min(bound_images, len(heldout))
+        made |= {"bits_per_dim_images": bounded, "bits_per_dim_terms": bound_terms}
+    kept = run / "samples" / f"{made['samples']}.npz"
+    if reuse and (kept.exists() or not keep) and (known := _known(scores_path(run, made), made)):
+        return known
     if keep:
         check_writable(kept)
     num_classes = heldout.num_classes if config.model.num_classes else 0
@@ -128,28 +149,116 @@ def evaluate_run(
             batch_size=settings.batch_size,
             progress=progress,
         )
-    scores |= {
+    return scores | made | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _made(
+    config: Config, checkpoint: Path, settings: SampleConfig, device: torch.device
+) -> dict[str, Any]:
+    """What the scores of drawn samples depend on."""
+    step = read_state(checkpoint)["step"]
+    drawing = ("num", "sampler", "steps", "eta", "cfg_scale", "seed")
+    return {
         "source": config.data.source,
-        "num": num,
-        "sampler": settings.sampler,
-        "steps": settings.steps,
-        "eta": settings.eta,
-        "cfg_scale": settings.cfg_scale,
-        "seed": seed,
+        **{name: getattr(settings, name) for name in drawing},
         "weights": "ema",
         "checkpoint_step": step,
-        "samples": name,
+        "checkpoint": identity(checkpoint),
+        "samples": samples_name(step, settings),
+        "batch_size": settings.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": versions() | {"numpy": np.__version__},
-        "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _known(path: Path, made: dict[str, Any]) -> dict | None:
+    """The scores in `path`, if they were made so."""
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(scores, dict) or any(scores.get(k) != v for k, v in made.items()):
+        return None
+    print(f"{path} has these scores: remove it to compute them again", file=sys.stderr)
     return scores
+
+
+class DrawnDataset(ImageDataset):
+    """Images that `artist` draws when they are read; image i depends on (seed, i, class)."""
+
+    def __init__(self, name: str, artist: Artist, settings: SampleConfig):
+        self.artist, self.settings = artist, settings
+        classes = list(range(artist.config.model.num_classes))
+        self.classes = label_columns(settings.num, classes)[0]
+        super().__init__(name, artist.shape, torch.full((settings.num,), NO_LABEL))
+
+    def _images(self, indices: torch.Tensor) -> torch.Tensor:
+        labels = None if self.classes is None else self.classes[indices]
+        return self.artist.draw(indices.tolist(), labels, self.settings)
+
+
+def evaluate_drawn(
+    run: str | Path,
+    reference: str | Path | None,
+    *,
+    num: int = 600,
+    steps: int | None = None,
+    sampler: str | None = None,
+    cfg_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    split: str | None = None,
+    image_size: int | None = None,
+    world: World,
+    **options: Any,
+) -> dict:
+    """Draw `num` samples from the newest checkpoint of RUN and score them as `evaluate_samples`.
+
+    Without a `reference`, it is the data of the run, and `split` held-out unless given. What is
+    unset is as the run's config says; `batch_size` is that of drawing and of the extractor, and
+    `options` are those of `evaluate_samples`, which opens reference and extractor before anything
+    is drawn. All processes of `world` call; each draws its share.
+
+    Returns the report, with "drawn": checkpoint, sampler, steps, guidance, seed.
+
+    Raises ValueError for a run that draws latents no VAE decodes, or learns from latents where no
+    reference is given, and as `evaluate_samples`.
+    """
+    run, checkpoint = locate(run)
+    artist = open_artist(checkpoint, device=world.device)
+    config = artist.config
+    if not artist.visible:
+        raise ValueError(f"{run} draws latents and no VAE decodes them: give the run's data.vae")
+    if reference is None and is_cache(config.data.source):
+        raise ValueError(f"{run} learned from latents: give a REFERENCE, images or statistics")
+    settings = sample_settings(
+        config,
+        num=num,
+        steps=steps,
+        sampler=sampler,
+        cfg_scale=cfg_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    made = _made(config, checkpoint, settings, world.device)
+    if not str(reference or "").endswith(".npz"):
+        image_size = image_size or config.data.image_size
+    report = evaluate_samples(
+        DrawnDataset(f"{run}/{made['samples']}", artist, settings),
+        config.data.source if reference is None else reference,
+        batch_size=min(num, settings.batch_size),
+        split=split or ("heldout" if reference is None else "train"),
+        image_size=image_size,
+        world=world,
+        **options,
+    )
+    return report | {"drawn": made}
 
 
 def scores_path(run: Path, scores: dict) -> Path:
     """Where the scores of these samples belong: other samples' or another bound's lie elsewhere."""
     name = scores["samples"]
-    if "bits_per_dim" in scores:
+    if "bits_per_dim_images" in scores:
         name += f"-bound-{scores['bits_per_dim_images']}x{scores['bits_per_dim_terms']}"
     return run / "scores" / f"{name}.json"
 

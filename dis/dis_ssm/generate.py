@@ -29,8 +29,16 @@ from dis_ssm.batches import derive_seed
 from dis_ssm.checkpoint import drafted, load_model, write_json
 from dis_ssm.config import Config, SampleConfig, build_diffusion
 from dis_ssm.distributed import World
-from dis_ssm.images import VISIBLE_CHANNELS, draw_samples, to_uint8
+from dis_ssm.hf import vae_scale
+from dis_ssm.images import (
+    VISIBLE_CHANNELS,
+    draw_samples,
+    label_columns,
+    save_images,
+    to_uint8,
+)
 from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder, sha256
+from dis_ssm.ops.backend import check_forced
 from dis_ssm.runs import locked
 
 NO_VAE = "none"
@@ -52,6 +60,15 @@ class Artist:
         """Whether the results are images (uint8), not latents (float32)."""
         pixels = self.config.model.in_channels in VISIBLE_CHANNELS
         return bool(self.vae) or (pixels and not is_cache(self.config.data.source))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, those that the VAE decodes if there is one."""
+        model = self.config.model
+        if not self.vae:
+            return model.in_channels, *model.input_size
+        height, width = (side * vae_scale(self.vae) for side in model.input_size)
+        return self.vae.config.out_channels, height, width
 
     @torch.no_grad()
     def draw(
@@ -85,6 +102,7 @@ def open_artist(
 ) -> Artist:
     """The artist of a checkpoint. `vae` is a folder, a hub id, "none", or None for the one of the
     run's config or latent cache, if there is one."""
+    check_forced()
     model, config = load_model(checkpoint, weights=weights, device=device)
     source = config.data.source
     name = vae or config.data.vae or cached_vae(source)
@@ -140,13 +158,32 @@ def generate(
         with world.together():
             if world.main:
                 _assemble(out, parts, -(-num // batch_size), num, labels)
-                written = {"bytes": out.stat().st_size, "sha256": sha256(out)}
-                write_json(record, plan | written)
+                _record(out, record, plan)
                 shutil.rmtree(parts)
 
 
+def draw_grid(
+    artist: Artist, classes: list[int], settings: SampleConfig, out: Path, plan: dict[str, Any]
+) -> None:
+    """Draw `settings.num` images, a class of `classes` a column, and write the grid `out` (.png).
+
+    NAME.png.json records `plan`; a grid of the same plan is left as it is.
+    """
+    record = out.with_name(f"{out.name}.json")
+    if _is_whole(out, record, plan):
+        return
+    labels, columns = label_columns(settings.num, classes)
+    images = artist.draw(range(settings.num), labels, settings, progress=True)
+    save_images(images, labels, out, columns)
+    _record(out, record, plan)
+
+
+def _record(out: Path, record: Path, plan: dict[str, Any]) -> None:
+    write_json(record, plan | {"bytes": out.stat().st_size, "sha256": sha256(out)})
+
+
 def _is_whole(out: Path, record: Path, plan: dict[str, Any]) -> bool:
-    """Whether `out` is the set of `plan`, to the bit; a warning when it was altered since."""
+    """Whether `out` is what `plan` draws, to the bit; a warning when it was altered since."""
     found = _read_plan(record)
     digest = found.pop("sha256", None)  # 0.1.0 noted none
     size = out.stat().st_size if out.exists() else None

@@ -71,6 +71,11 @@ def _from_hub(cls: type, name: str, options: dict):
         return cls.from_pretrained(name, **options)
 
 
+def vae_scale(vae: "AutoencoderKL") -> int:
+    """How many times as high and wide as the latents the images are."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def vae_hash(vae: "AutoencoderKL") -> dict[str, str]:
     """{"config": ..., "weights": ...}, SHA-256 in hex.
 

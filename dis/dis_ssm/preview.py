@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dis_ssm.classes import grid_caption
 from dis_ssm.config import Config, SampleConfig, build_model
 from dis_ssm.data import ImageDataset
 from dis_ssm.distributed import World
@@ -36,7 +37,7 @@ class Painter:
     """
 
     def __init__(self, config: Config, dataset: ImageDataset, world: World):
-        self.config, self.world = config, world
+        self.config, self.world, self.class_names = config, world, dataset.class_names
         self.vae = None
         if isinstance(dataset, LatentDataset):
             name = config.data.vae or cached_vae(config.data.source)
@@ -48,12 +49,13 @@ class Painter:
         else:
             self.visible = config.model.in_channels in VISIBLE_CHANNELS
 
-    def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int]:
-        """uint8 images for a grid, on every rank, and its columns. Raises Stopped."""
+    def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int, str]:
+        """uint8 images for a grid, on every rank, its columns, and a caption. Raises Stopped."""
         settings, classes = self.config.sample, range(self.config.model.num_classes)
-        columns = label_columns(settings.num, list(classes))[1]
+        labels, columns = label_columns(settings.num, list(classes))
         own = self.draw(ema, settings.num, settings, stop)
-        return torch.cat(self.world.gather(own)), columns
+        caption = grid_caption(labels, columns, self.class_names)
+        return torch.cat(self.world.gather(own)), columns, caption
 
     def draw(self, ema: EMA, num: int, settings: SampleConfig, stop: StopSignal) -> Tensor:
         """This rank's share of images 0 to num - 1, uint8. Raises Stopped on all ranks alike."""

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dis_ssm.checkpoint import DRAFT, drafted, write_json
+from dis_ssm.extras import how_to_install
 from dis_ssm.images import make_grid
 
 SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and people
@@ -28,6 +30,16 @@ SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and p
     if hasattr(signal, name)
 )
 LOCK = ".lock"
+CONFIG = "config.json"
+EXTENDED_FROM = "extended_from"
+BOARD_GROUPS = {  # TensorBoard's tags are GROUP/name; the names are the log's
+    "loss": ("loss", "mse", "vb", "loss_q1", "loss_q2", "loss_q3", "loss_q4"),
+    "optimizer": ("lr", "grad_norm", "nonfinite"),
+    "speed": ("images_per_second", "tflops", "mfu", "memory_gb", "data_wait"),
+    "progress": ("epoch", "seconds", "eta_hours", EXTENDED_FROM),
+}
+SCORES = "score"  # the group of all other tags
+GROUP_OF = {name: group for group, names in BOARD_GROUPS.items() for name in names}
 
 
 @contextlib.contextmanager
@@ -47,7 +59,7 @@ def is_run(folder: Path) -> bool:
     if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file():
         return True
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and {"model", "diffusion", "train"} <= config.keys()
@@ -139,7 +151,8 @@ class RunLog:
     operations of the model per second in 10^12, and mfu, their share of the devices' peak, null
     where that is unknown; memory_gb, the most that the main process has held; data_wait, the share
     of its time spent waiting for data; eta_hours, what is left at this rate; epoch; nonfinite, the
-    steps skipped so far; seconds of training so far. Lines beyond `step`, which a killed process
+    steps skipped so far; seconds of training so far; extended_from, once, the former last step of
+    a run that was extended. Lines beyond `step`, which a killed process
     had written, are removed.
 
     Only the `main` process writes; the others keep the same sums for the checkpoints.
@@ -171,10 +184,7 @@ class RunLog:
 
     def mirror(self, project: str, config: dict[str, Any]) -> None:
         """Send every line and picture to Weights & Biases too, continuing the run's own page."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("train.wandb needs wandb: pip install 'dis-ssm[wandb]'") from error
+        wandb = require_wandb()
         identity = self.run / "wandb.id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
@@ -217,6 +227,8 @@ class RunLog:
         line |= {"eta_hours": round(remaining / rate / 3600, 4)}
         line |= {"epoch": round(epoch, 4), "nonfinite": nonfinite}
         line["seconds"] = round(meter["seconds"], 3)
+        if EXTENDED_FROM in meter:
+            line[EXTENDED_FROM] = meter[EXTENDED_FROM]
         self.meter = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": meter["seconds"]}
         if self.main:
             self._file.write(json.dumps(line) + "\n")
@@ -224,8 +236,8 @@ class RunLog:
             self._scalars(step, {k: v for k, v in line.items() if k != "step" and v is not None})
         return line
 
-    def images(self, step: int, images: Tensor, columns: int) -> None:
-        """Write a grid of samples to `preview_path` and to TensorBoard."""
+    def images(self, step: int, images: Tensor, columns: int, caption: str = "") -> None:
+        """Write a grid of samples to `preview_path` and, with its caption, to TensorBoard."""
         if not self.main:
             return
         grid = make_grid(images, columns)
@@ -234,10 +246,10 @@ class RunLog:
         with drafted(path) as draft:
             grid.save(draft)
         self._board.add_image("samples", np.array(grid.convert("RGB")), step, dataformats="HWC")
+        if caption:
+            self._board.add_text("samples", caption, step)
         if self._wandb:
-            import wandb
-
-            self._wandb.log({"samples": wandb.Image(grid)}, step=step)
+            self._wandb.log({"samples": require_wandb().Image(grid)}, step=step)
 
     def score(self, step: int, score: dict[str, Any]) -> None:
         """Write the score of `step` to `score_path` and to TensorBoard."""
@@ -257,7 +269,7 @@ class RunLog:
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(f"{GROUP_OF.get(name, SCORES)}/{name}", value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -292,6 +304,14 @@ def _resident() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def require_wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"train.wandb needs wandb: {how_to_install('wandb')}") from error
+    return wandb
 
 
 def preview_path(run: Path, step: int) -> Path:

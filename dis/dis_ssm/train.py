@@ -5,12 +5,14 @@ a step, to stop, to save, is decided from sums over all ranks, so that all decid
 """
 
 import contextlib
+import dataclasses
 import math
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from dis_ssm.checkpoint import (
     versions,
     write_json,
 )
+from dis_ssm.classes import keep_class_names
 from dis_ssm.config import (
     Config,
     build_diffusion,
@@ -50,14 +53,26 @@ from dis_ssm.data import ImageDataset
 from dis_ssm.distributed import World, join_world, reducing, spread, whole
 from dis_ssm.ema import EMA
 from dis_ssm.flops import peak_flops, training_flops
+from dis_ssm.ops.backend import check_forced
 from dis_ssm.optimizer import build_optimizer, learning_rate
 from dis_ssm.preview import Painter, Scorer, Stopped
-from dis_ssm.runs import Gauge, RunLog, StopSignal, exclusive, preview_path, score_path
+from dis_ssm.runs import (
+    CONFIG,
+    EXTENDED_FROM,
+    Gauge,
+    RunLog,
+    StopSignal,
+    exclusive,
+    preview_path,
+    require_wandb,
+    score_path,
+)
 
 PARTS = ("model", "ema", "optimizer")
 TRAINER_STATE = ("nonfinite", "nonfinite_in_a_row", "ema_updates", "images", "machine", "meter")
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
-SHOWN = ("loss", "images_per_second", "mfu", "grad_norm", "memory_gb", "data_wait")  # in the bar
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}, ETA {remaining}"
+BAR_WIDTH = 100  # columns, in a narrower terminal fewer
 LOGGED = ("loss", "mse", "vb", "grad_norm", *(f"loss_q{i + 1}" for i in range(QUARTERS)))
 
 
@@ -70,12 +85,14 @@ class Outcome:
     stopped_by: int | None = None
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, *, extend: int | None = None) -> Outcome:
     """Train until `config.train.steps`, or continue the run in `config.out` where it stopped.
 
     Under torchrun the processes train one model together; the global batch, and so the result to
     rounding, stays the same. A continued run equals an uninterrupted one bit for bit on the same
-    devices, with the same threads and versions; otherwise it continues with a warning. On a
+    devices, with the same threads and versions; otherwise it continues with a warning. `extend`
+    continues a run to that step, beyond its `train.steps`: the learning rate's schedule then ends
+    there, and the next line of the log has the former end as "extended_from". On a
     signal of `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError
     for settings that contradict the data or the saved run, FloatingPointError after
     `max_nonfinite` non-finite steps in a row (the state is saved first), CheckpointError when no
@@ -83,11 +100,23 @@ def train(config: Config) -> Outcome:
     """
     limit = timedelta(minutes=config.train.timeout_minutes)
     with join_world(config.train.device, limit + timedelta(minutes=1)) as world:
-        return _run(config, world)
+        return _run(config, extend, world)
 
 
-def _run(config: Config, world: World) -> Outcome:
+def extended(config: Config, steps: int) -> Config:
+    """`config` with its last step at `steps`."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def _run(config: Config, extend: int | None, world: World) -> Outcome:
+    check_forced()
     with contextlib.ExitStack() as stack:
+        if extend is not None:
+            config = extended(config, extend)
+            if not world.gather(complete_checkpoints(config.out))[0]:
+                raise ValueError(f"{config.out} has no checkpoint to extend: leave out --extend")
+        if config.train.wandb and world.main:
+            require_wandb()
         config, dataset = open_run(config)
         trainer = Trainer(config, world)  # before the folder is made: what is refused leaves none
         painter = Painter(config, dataset, world)
@@ -97,9 +126,9 @@ def _run(config: Config, world: World) -> Outcome:
             if world.main:
                 stack.enter_context(exclusive(run))
         stop = stack.enter_context(StopSignal())
-        meter = _resume(trainer, run, dataset)
+        meter = _resume(trainer, run, dataset, extend is not None)
         if world.main:
-            _announce(trainer, len(dataset), painter.visible)
+            _announce(trainer, dataset, painter.visible)
         # a process killed between saving a step and drawing it still owes the preview
         if trainer.step < steps or any(_due(trainer, painter, scorer)):
             gauge = Gauge(training_flops(config), peak_flops(config, world), world.device)
@@ -274,16 +303,18 @@ class Trainer:
         self.nonfinite_in_a_row = saved["trainer"]["nonfinite_in_a_row"]
 
 
-def _announce(trainer: Trainer, images: int, visible: bool) -> None:
+def _announce(trainer: Trainer, dataset: ImageDataset, visible: bool) -> None:
     config, world = trainer.config, trainer.world
     if trainer.step >= config.train.steps:
         print(f"{config.out} is done: {trainer.step} of {config.train.steps} steps")
         return
-    write_json(config.out / "config.json", to_dict(config))
+    write_json(config.out / CONFIG, to_dict(config))
+    if config.model.num_classes:
+        keep_class_names(config.out, dataset.class_names)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     where = trainer.device.type + (f" x {world.size}" if world.size > 1 else "")
     print(
-        f"{config.out}: {parameters:,} parameters, {images:,} images, steps "
+        f"{config.out}: {parameters:,} parameters, {len(dataset):,} images, steps "
         f"{trainer.step:,} to {config.train.steps:,} on {where}",
         flush=True,
     )
@@ -291,7 +322,7 @@ def _announce(trainer: Trainer, images: int, visible: bool) -> None:
         print("no previews: latents are shown by their VAE, give data.vae", flush=True)
 
 
-def _resume(trainer: Trainer, run: Path, dataset: ImageDataset) -> dict[str, float]:
+def _resume(trainer: Trainer, run: Path, dataset: ImageDataset, extends: bool) -> dict[str, float]:
     """Restore the newest intact checkpoint, if any; the log's running sums."""
     with trainer.world.together():
         if trainer.world.main:
@@ -302,17 +333,22 @@ def _resume(trainer: Trainer, run: Path, dataset: ImageDataset) -> dict[str, flo
     folder, saved = found
     if lacking := [name for name in TRAINER_STATE if name not in saved["trainer"]]:
         raise CheckpointError(f"{folder / STATE} lacks trainer.{lacking[0]}: restore it")
-    before, images = from_saved(saved["config"]), len(dataset)
+    old, images, steps = from_saved(saved["config"]), len(dataset), trainer.config.train.steps
+    former = old.train.steps
+    if extends and steps > former:
+        old = extended(old, steps)
     if dataset.background is None:  # nothing has alpha
         same = {"background": trainer.config.data.background}
-        before = replace(before, data=replace(before.data, **same))
-    changed = differences(before, trainer.config)
+        old = dataclasses.replace(old, data=dataclasses.replace(old.data, **same))
+    changed = differences(old, trainer.config)
     if saved["trainer"]["images"] != images:
         changed.append(f"images in data.source: {saved['trainer']['images']} -> {images}")
     if changed:
+        longer = f", --extend {steps} to move the last step" if steps > former else ""
         raise ValueError(
             f"{run} was trained with other settings ({'; '.join(changed)}): give those again to "
-            f"continue it, or another --out to start a new run"
+            f"continue it{longer}, or another --out to start a new run; --train.init {run} starts "
+            f"that from this one's averaged weights"
         )
     before, now = saved["trainer"]["machine"] | saved["versions"], trainer.machine() | versions()
     moved = [
@@ -323,7 +359,16 @@ def _resume(trainer: Trainer, run: Path, dataset: ImageDataset) -> dict[str, flo
     if moved and trainer.world.main:
         warnings.warn(f"{run} continues, though not bit for bit: {', '.join(moved)}", stacklevel=2)
     trainer.restore(folder, saved)
-    return saved["trainer"]["meter"]
+    meter = saved["trainer"]["meter"]
+    if old.train.steps == former:
+        return meter
+    if trainer.world.main:
+        print(
+            f"{run} is extended from {former:,} to {steps:,} steps: the learning rate's schedule "
+            f"ends there",
+            flush=True,
+        )
+    return meter | {EXTENDED_FROM: former}
 
 
 def _train(
@@ -334,7 +379,8 @@ def _train(
     bar = tqdm(
         total=settings.steps,
         initial=trainer.step,
-        unit="step",
+        bar_format=BAR,
+        ncols=min(BAR_WIDTH, shutil.get_terminal_size((BAR_WIDTH, 1)).columns),
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
         disable=not world.main,
     )
@@ -356,7 +402,7 @@ def _train(
                 rate = learning_rate(trainer.step - 1, settings)
                 remaining = (settings.steps - trainer.step) * settings.batch_size
                 line = log.write(trainer.step, epoch, rate, trainer.nonfinite, remaining, LOGGED)
-                bar.set_postfix({name: line[name] for name in SHOWN}, refresh=False)
+                bar.set_postfix_str(_pace(line), refresh=False)
             bar.update()
             diverged = trainer.nonfinite_in_a_row >= settings.max_nonfinite
             saves = trainer.reached(settings.save_every) or diverged or trainer.stopped_by
@@ -377,6 +423,12 @@ def _train(
             if trainer.stopped_by:
                 return
             clock = time.perf_counter()
+
+
+def _pace(line: dict[str, Any]) -> str:
+    """What the progress bar shows of a line of the log."""
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    return f"loss {loss}, {line['images_per_second']:.4g} images/s"
 
 
 def _show(

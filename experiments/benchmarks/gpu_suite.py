@@ -29,7 +29,7 @@ import gpu_models
 import plots
 import torch
 from gpu_kernels import Gpu, Stopwatch
-from harness import RESULTS, record, write
+from harness import MEASURED, record, write
 
 from dis_ssm.ops import cuda
 
@@ -163,14 +163,14 @@ def slug(device: str) -> str:
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="default: experiments/results/gpu-DEVICE.json")
+    parser.add_argument("--out", type=Path, help="default: runs/benchmarks/gpu-DEVICE.json")
     parser.add_argument("--minutes", type=float, default=9)
     options = parser.parse_args()
     if reason := cuda.missing():
         raise SystemExit(f"gpu_suite.py needs a GPU and the CUDA kernels: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    out = options.out or RESULTS / f"gpu-{slug(name)}.json"
+    out = options.out or MEASURED / f"gpu-{slug(name)}.json"
 
     gpu, stopwatch = gpu_kernels.describe(device.index), Stopwatch(device)
     report = record(name)

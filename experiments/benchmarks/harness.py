@@ -20,6 +20,9 @@ from torch import Tensor
 TURN = 0.1  # seconds, or one call if that is longer
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+MEASURED = Path("runs/benchmarks")  # where new numbers go: those of `RESULTS` are kept
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler reports every start on stderr
 
 
 def race(contenders: dict[str, Callable], rounds: int, sync: Callable = lambda: None) -> dict:

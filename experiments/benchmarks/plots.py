@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/plots.py FILE.json [...]
 
-The PNG is written beside the JSON. Needs matplotlib (``pip install 'dis-ssm[plot]'``).
+The PNG is written beside the JSON. Needs matplotlib (``pip install '.[plot]'``).
 """
 
 from __future__ import annotations

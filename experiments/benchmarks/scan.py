@@ -16,7 +16,7 @@ from pathlib import Path
 
 import peers
 import torch
-from harness import RESULTS, error, processor, race, record, require, write
+from harness import MEASURED, error, processor, race, record, require, write
 
 from dis_ssm.ops import bidirectional_selective_scan, native, selective_scan
 
@@ -121,7 +121,7 @@ def main() -> None:
     for name, default in dict(batch=8, channels=768, state=16, threads=1, rounds=9).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lengths", type=int, nargs="+", default=[66, 258, 1026])
-    parser.add_argument("--out", type=Path, default=RESULTS / "scan-cpu.json")
+    parser.add_argument("--out", type=Path, default=MEASURED / "scan-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from harness import RESULTS, processor, race, record, write
+from harness import MEASURED, processor, race, record, write
 from torch.profiler import ProfilerActivity, profile
 
 from dis_ssm.attention import build
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(batch=8, size=32, threads=2, rounds=7).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=RESULTS / "step-cpu.json")
+    parser.add_argument("--out", type=Path, default=MEASURED / "step-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from gpu_models import first_line, graphed
 from gpu_suite import slug
-from harness import RESULTS, processor, race, record, write
+from harness import MEASURED, processor, race, record, write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,7 +32,7 @@ from dis_ssm.ops import native
 CHANNELS, CLASSES, PATCH = 4, 1000, 2
 STEPS = 1000  # of the diffusion, the range of t
 MODELS = ("DiS-S/2", "DiT-S/2", "U-ViT-S/2")
-MODES = ("training", "sampling")
+MODES = {"training": "training", "sampling": "sampling: one network evaluation"}  # titles
 COLUMNS = {"images/s": "images/s", "peak GB": "peak memory (GB)"}
 
 
@@ -142,14 +142,14 @@ def draw(report: dict, path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
     figure.suptitle(f"{report['device']}, commit {report['commit']}, {report['date']}", fontsize=10)
     axes, sizes = figure.subplots(len(MODES), len(COLUMNS), sharex=True), report["sizes"]
-    for mode, line in zip(MODES, axes, strict=True):
+    for (mode, title), line in zip(MODES.items(), axes, strict=True):
         tables = [report[f"{mode}, {size}x{size} latents"] for size in sizes]
         for (key, label), axis in zip(COLUMNS.items(), line, strict=True):
             for name in report["models"]:
                 values = [table[name].get(key, float("nan")) for table in tables]
                 axis.plot(sizes, values, "o-", label=name)
             scale = "log" if key == "images/s" else "linear"
-            axis.set(xscale="log", yscale=scale, title=mode, ylabel=label)
+            axis.set(xscale="log", yscale=scale, title=title, ylabel=label)
             axis.set_xticks(sizes, [f"{size}x{size}" for size in sizes])
             axis.xaxis.minorticks_off()
             if scale == "linear":
@@ -178,7 +178,7 @@ def main() -> None:
         title = torch.cuda.get_device_name(device)
     else:
         title = f"{processor()}, {native.instruction_set()}, {options.threads} threads"
-    out = options.out or RESULTS / f"throughput-{slug(title) if on_gpu else 'cpu'}.json"
+    out = options.out or MEASURED / f"throughput-{slug(title) if on_gpu else 'cpu'}.json"
     report = record(f"{title}, {options.precision}")
     report |= {"models": options.models, "sizes": options.sizes, "G multiply-adds": {}}
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32

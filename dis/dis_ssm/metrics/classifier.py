@@ -2,6 +2,7 @@
 
 import torch
 
+from dis_ssm.extras import how_to_install
 from dis_ssm.metrics.pixels import pixel_features
 
 MAX_SIDE = 32
@@ -69,9 +70,7 @@ def require_scikit_learn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "class accuracy needs scikit-learn: pip install 'dis-ssm[demo]'"
-        ) from error
+        raise ImportError(f"class accuracy needs scikit-learn: {how_to_install('demo')}") from error
 
 
 def _check_pairs(images: torch.Tensor, labels: torch.Tensor) -> None:

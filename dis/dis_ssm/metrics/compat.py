@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+from dis_ssm.extras import how_to_install
+
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -29,5 +31,5 @@ def declare_torchvision_operators() -> None:
 def require(*packages: str) -> None:
     """ImportError that names the remedy, for packages that are not installed."""
     if lacking := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"evaluation needs {', '.join(lacking)}: pip install 'dis-ssm[eval]'")
+        raise ImportError(f"evaluation needs {', '.join(lacking)}: {how_to_install('eval')}")
     declare_torchvision_operators()

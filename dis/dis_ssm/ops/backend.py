@@ -130,6 +130,13 @@ def forced_problem() -> str | None:
     return _why_not(forced)
 
 
+def check_forced() -> None:
+    """ValueError or BackendError if ``$DIS_SSM_BACKEND`` forces what cannot run."""
+    if reason := forced_problem():
+        kind = native.BackendError if _forced() in BACKENDS else ValueError
+        raise kind(f"DIS_SSM_BACKEND={_forced()} cannot run: {reason}")
+
+
 def backend_report() -> list[str]:
     """What runs by default and why, then one line per backend: where it runs, or what it lacks."""
     reasons = {backend: _why_not(backend) for backend in ("cuda", "cpu", "mamba_ssm")}

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dis_ssm.extras import how_to_install
 from dis_ssm.ops.native import BackendError, cache_dir
 
 log = logging.getLogger("dis_ssm")
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
-INSTALL = "pip install 'dis-ssm[cuda]'"
+INSTALL = how_to_install("cuda")
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
 CHUNK = 32  # tokens between two kept states; scan.cu's

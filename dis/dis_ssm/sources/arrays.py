@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from dis_ssm.extras import how_to_install
 from dis_ssm.sources.base import Pixels
 from dis_ssm.sources.reading import FileError, check_size, parsing, read_bytes, read_text
 
@@ -26,7 +27,7 @@ def digits(_: Path, split: str) -> Pixels:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "source 'digits' needs scikit-learn: pip install 'dis-ssm[demo]'"
+            f"source 'digits' needs scikit-learn: {how_to_install('demo')}"
         ) from error
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)

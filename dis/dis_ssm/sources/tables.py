@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dis_ssm.extras import how_to_install
 from dis_ssm.sources.base import NO_LABEL, Files, PerThread
 from dis_ssm.sources.reading import (
     FileError,
@@ -29,7 +30,7 @@ def _need(module: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"Hugging Face data sets need {module}: pip install 'dis-ssm[data]'"
+            f"Hugging Face data sets need {module}: {how_to_install('data')}"
         ) from error
 
 

@@ -1,0 +1,5 @@
+import sys
+
+from dis_ssm.cli import main
+
+sys.exit(main())

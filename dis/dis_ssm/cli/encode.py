@@ -1,0 +1,76 @@
+"""dis-ssm encode"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from dis_ssm.cli.messages import fail
+from dis_ssm.distributed import join_world
+from dis_ssm.hf import DEFAULT_VAE
+
+
+def encode(
+    source: Positional[str | None] = None,
+    cache: Positional[Path | None] = None,
+    *,
+    vae: str = DEFAULT_VAE,
+    image_size: int | None = None,
+    split: Literal["train", "heldout"] = "train",
+    batch_size: int = 64,
+    shard_size: int = 10_000,
+    precision: Literal["float32", "bf16"] = "float32",
+    max_corrupt: int = 10,
+    workers: int | None = None,
+    device: str | None = None,
+    check: Path | None = None,
+) -> int:
+    """Encode images with a VAE, once, into a cache that training reads; under torchrun, by all.
+
+    The same command again goes on where it was stopped and mends shards that are damaged.
+
+    Args:
+        source: images: see docs/data.md.
+        cache: the folder to write; then train with --data.source CACHE.
+        vae: folder or hub id of a diffusers AutoencoderKL.
+        image_size: side in pixels of the crop; folders of images need it.
+        batch_size: images encoded at a time.
+        shard_size: images in a file; a process that waits for others waits for one file.
+        precision: bf16 is autocast; either is stored in float16.
+        max_corrupt: unreadable images that may be left out.
+        workers: threads that decode images.
+        check: instead, read this cache and name the shards that are damaged.
+    """
+    from dis_ssm.encoding import encode as run_encoding
+    from dis_ssm.latents import AGAIN, check_cache
+
+    if (source is None or cache is None) if check is None else (source or cache):
+        raise ValueError("give SOURCE and CACHE to encode, or --check CACHE alone")
+    if check is not None:
+        wrong = check_cache(check)
+        for problem in wrong.values():
+            print(f"dis-ssm: error: {problem}", file=sys.stderr)
+        if wrong:
+            return fail(f"{len(wrong)} of the files of {check} are not sound: {AGAIN}")
+        print(f"{check}: all shards are intact")
+        return 0
+    with join_world(device) as world:
+        manifest = run_encoding(
+            source,
+            cache,
+            vae=vae,
+            image_size=image_size,
+            split=split,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            precision=precision,
+            max_corrupt=max_corrupt,
+            workers=workers,
+            world=world,
+        )
+        if world.main:
+            left_out = sum(len(record["corrupt"]) for record in manifest["shards"])
+            note = f" ({left_out} corrupt ones left out)" if left_out else ""
+            print(f"encoded: {cache}, {manifest['images']:,} images{note}")
+    return 0

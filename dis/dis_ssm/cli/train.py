@@ -1,0 +1,62 @@
+"""dis-ssm train"""
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dis_ssm.config import Config, load_config, named_configs
+from dis_ssm.runs import CONFIG, is_run
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def base_of(source: str) -> Config:
+    """The configuration that a file, a name, or a run has."""
+    folder = Path(source)
+    if source in named_configs() or not is_run(folder):
+        return load_config(source)
+    return dataclasses.replace(load_config(folder / CONFIG), out=folder)
+
+
+def train_command(base: Config) -> Callable[..., int]:
+    """The train command, whose flags start from `base`."""
+
+    def train(
+        config: Annotated[Config, tyro.conf.arg(name="")] = base,
+        extend: int | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Train a model, or continue the run in --out: the same command again resumes exactly.
+
+        CONFIG comes first: a TOML file, the name of one (NAMES), or a run to continue; flags
+        override it.
+
+        Args:
+            extend: continue a run to this step, beyond its train.steps; its learning rate's
+                schedule then ends there.
+            dry_run: print the resolved config and its sizes, write nothing.
+        """
+        from dis_ssm.flops import describe
+        from dis_ssm.train import extended
+        from dis_ssm.train import train as run_training
+
+        if dry_run:
+            print(describe(config if extend is None else extended(config, extend)))
+            return 0
+        outcome = run_training(config, extend=extend)
+        if os.environ.get("RANK", "0") != "0":
+            return 0
+        again = f"at step {outcome.step}; run the same command again to continue"
+        if outcome.stopped_by is None:
+            print(f"trained: {outcome.run}; draw with: dis-ssm sample {outcome.run}")
+        else:
+            print(f"stopped: {outcome.run} {again}")
+        return INTERRUPTED if outcome.stopped_by == signal.SIGINT else 0
+
+    train.__doc__ = train.__doc__.replace("NAMES", ", ".join(named_configs()))
+    return train
