@@ -1,5 +1,7 @@
 PYTHON ?= python3
 DATA ?= digits
+# Beside the newest NVRTC, which constraints.txt names: what CUDA builds of torch bring.
+NVRTC := nvidia-cuda-nvrtc-cu12==12.8.93 nvidia-cuda-nvrtc==13.0.88
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -32,9 +34,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	[ "$$(uname)" != Linux ] || for wheel in $(NVRTC); do $(BIN)/python -m pip install --quiet \
+	  --no-deps --upgrade --target $(VENV)/nvrtc/$$wheel $$wheel || exit 1; done
 	touch $@
 
 clean:

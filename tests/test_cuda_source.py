@@ -17,9 +17,10 @@ import torch
 
 from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
 from dis_ssm.ops.conv import causal_conv1d_reference
+from nvrtc_compile import resources
 
 SHIM = os.path.join(os.path.dirname(__file__), "cuda_shim")
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
 def missing(message):
@@ -39,18 +40,6 @@ def nvrtc():
         found = False
     if not found:
         missing(f"cuda-core is not installed: {cuda.INSTALL}")
-
-
-def resources(report):
-    """{kernel: (registers, bytes of spill stores and loads)} of ptxas' report."""
-    found = {}
-    for block in report.split("Compiling entry function '")[1:]:
-        stores, loads = re.search(
-            r"(\d+) bytes spill stores, (\d+) bytes spill loads", block
-        ).groups()
-        registers = re.search(r"Used (\d+) registers", block)[1]
-        found[block.split("'")[0]] = int(registers), int(stores) + int(loads)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -349,16 +349,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         load_quad(rows + (step * STEP + k) * ROW + WARP + lane - q, delta_x[k]);
       }
     };
-    const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
-    auto kept = [&](int v, int m) {  // of the state that the chunk starts from
-      return c4 + v < channels && 4 * m + q < state ? from[4 * m * channels + v] : 0.0f;
+    auto load_kept = [&](float* to, int stride) {  // the state that the chunk starts from
+      const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
+#pragma unroll
+      for (int m = 0; m < S; ++m, from += 4 * s.channels)
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          to[(m * V + v) * stride] = c4 + v < channels && 4 * m + q < state ? from[v] : 0.0f;
     };
 
-    float h[V][S];
-#pragma unroll
-    for (int m = 0; m < S; ++m)
-#pragma unroll
-      for (int v = 0; v < V; ++v) h[v][m] = kept(v, m);
+    float h[S * V];
+    load_kept(h, 1);
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
       load_step(step);
@@ -370,8 +371,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         for (int v = 0; v < V; ++v) {
 #pragma unroll
           for (int k = 0; k < STEP; ++k)
-            h[v][m] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[v][m], delta_x[k][v] * B[k]);
-          starts[step * START_FLOATS + (m * V + v) * WARP] = h[v][m];
+            h[m * V + v] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[m * V + v], delta_x[k][v] * B[k]);
+          starts[step * START_FLOATS + (m * V + v) * WARP] = h[m * V + v];
         }
       }
     }
@@ -422,10 +423,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
       load_step(step);
       const float* before = starts + max(step - 1, 0) * START_FLOATS;
       if (step == 0)  // the room of the first start is free by now
-#pragma unroll
-        for (int m = 0; m < S; ++m)
-#pragma unroll
-          for (int v = 0; v < V; ++v) starts[(m * V + v) * WARP] = kept(v, m);
+        load_kept(starts, WARP);
       __syncwarp();
       // The warp's dB and dC take the place of Delta x: value lane / 4 of dBC is dB of the step's tokens, then dC.
       float* dBC_out = rows + (step * STEP + lane / 4 % STEP) * ROW + WARP + lane / 16 * STATES + q;

@@ -7,65 +7,122 @@ hashes sources, options, architecture and compiler version. ``cuda.core`` is imp
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
-import logging
-import os
-import tempfile
+import importlib.metadata
+import re
+import textwrap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dis_ssm.extras import how_to_install
-from dis_ssm.ops.native import BackendError, cache_dir
-
-log = logging.getLogger("dis_ssm")
+from dis_ssm.ops import cache
+from dis_ssm.ops.native import BackendError
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
-INSTALL = how_to_install("cuda")
+INSTALL = "pip install 'dis-ssm[cuda]'"
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
 CHUNK = 32  # tokens between two kept states; scan.cu's
 MAX_PLANES = 10
-_DIGEST = hashlib.sha256().digest_size
 
 
-# ---- programs --------------------------------------------------------------------------------
+# ---- whether they run ------------------------------------------------------------------------
 
 
 @functools.cache
 def missing() -> str | None:
-    """None if this machine has what the kernels need, else what it lacks."""
+    """None if this machine has what the kernels need, else what it lacks, in one line."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip:
         return "the kernels are for NVIDIA GPUs"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the kernels need compute capability 8.0 or newer"
+    return _missing_packages()
+
+
+def _missing_packages() -> str | None:
     try:
-        if importlib.util.find_spec("cuda.core") is None:
-            return f"cuda-core is missing; {INSTALL}"
-        _nvrtc_version()
-    except (ImportError, RuntimeError) as error:
-        return f"NVRTC does not load ({error}); {INSTALL}"
+        version = importlib.metadata.version("cuda-core")
+    except importlib.metadata.PackageNotFoundError:
+        return f"cuda-core is missing; {INSTALL}"
+    if int(version.split(".")[0]) < 1:
+        return f"cuda-core {version} is too old; pip install --upgrade 'cuda-core>=1.0'"
+    major = int(torch.version.cuda.split(".")[0])
+    remedy = f"pip install 'cuda-core[cu{major}]>=1.0'"
+    try:
+        nvrtc = _nvrtc_version()
+    except Exception as error:
+        return f"NVRTC does not load ({_line(error)}); {remedy}"
+    if nvrtc[0] != major:
+        found = "{}.{}".format(*nvrtc)
+        return f"torch is built for CUDA {torch.version.cuda}, but NVRTC is {found}; {remedy}"
     return None
+
+
+class _Passing(Exception):
+    """Why the kernels cannot be tried now, though they may later."""
+
+
+def why_not() -> str | None:
+    """None if the kernels run and give the reference's numbers on a small problem, else why.
+
+    The answer is one line and is kept for the process, unless the reason is one that passes: no
+    free memory, or a CUDA graph that is being captured.
+    """
+    try:
+        return _lasting_reason()
+    except _Passing as reason:
+        return str(reason)
 
 
 @functools.cache
-def why_not() -> str | None:
-    """None if the kernels run and give the reference's numbers on a small problem, else why."""
-    if reason := missing():
-        return reason
+def _lasting_reason() -> str | None:
     try:
+        if reason := missing():
+            return reason
+        if torch.cuda.is_current_stream_capturing():
+            raise _Passing(_CAPTURING)
         error = _largest_error()
-    except RuntimeError as failure:
-        return f"the kernels do not run on {torch.cuda.get_device_name()}: {failure}"
+    except _Passing:
+        raise
+    except Exception as failure:
+        message = _line(failure)
+        for pattern, reason in _PASSING.items():
+            if re.search(pattern, message, re.IGNORECASE):
+                raise _Passing(reason) from None
+        return f"the kernels do not run here ({_versions()}): {message}"
     if not error < 1e-4:
-        return f"the kernels are wrong by {error:.2g} on {torch.cuda.get_device_name()}"
+        return f"the kernels are wrong by {error:.2g} ({_versions()})"
     return None
+
+
+_CAPTURING = "they were never run before this CUDA graph is captured; run the model once before"
+_PASSING = {
+    r"out.of.memory|alloc.failed|MemoryError": "no GPU memory was free to try them",
+    r"captur": _CAPTURING,
+}
+
+
+def _versions() -> str:
+    """What a GPU's failure depends on, as far as it is known."""
+    found = []
+    for name, ask in (
+        ("", torch.cuda.get_device_name),
+        ("cuda-core ", lambda: importlib.metadata.version("cuda-core")),
+        ("NVRTC ", lambda: "{}.{}".format(*_nvrtc_version())),
+    ):
+        with contextlib.suppress(Exception):  # it may be the failure itself
+            found.append(name + ask())
+    return ", ".join(found)
+
+
+def _line(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def _largest_error() -> float:
@@ -92,7 +149,8 @@ def _largest_error() -> float:
         )  # fmt: skip
 
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-        numbers = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        numbers = [torch.randn(shape, **drawn) for shape in shapes]
         numbers = [-t.abs() if t.shape == rates else t for t in numbers]
 
         def run(function, dtype):
@@ -141,25 +199,18 @@ def compile_cubin(source: str, arch: str, macros: dict[str, int], log_to=None) -
 
 
 def cached_cubin(source: str, arch: str, macros: dict[str, int]) -> bytes:
-    """:func:`compile_cubin` through the disk cache. A damaged file is built again."""
+    """:func:`compile_cubin` through the disk cache; what is damaged there, or could have been
+    written by others, is built again."""
     key = hashlib.sha256(repr((source, arch, sorted(macros.items()), _nvrtc_version())).encode())
     for path in sorted(SOURCES.iterdir()):
         key.update(path.name.encode() + path.read_bytes())
-    path = cache_dir() / f"cuda-{source}-{arch}-{key.hexdigest()[:16]}.cubin"
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]:
-            return data[:-_DIGEST]
-    except OSError:
-        pass
-    cubin = compile_cubin(source, arch, macros)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin + hashlib.sha256(cubin).digest())
-        os.replace(file.name, path)
-    except OSError as error:
-        log.warning("dis_ssm: cannot cache compiled kernels (%s)", error)
+    path, cubin = cache.find(f"cuda-{source}-{arch}-{key.hexdigest()[:16]}.cubin")
+    if cubin is None:
+        cubin = compile_cubin(source, arch, macros)
+        try:
+            cache.install(path, cubin)
+        except OSError as error:
+            cache.say_once(f"compiled kernels are not kept: {error}")
     return cubin
 
 
