@@ -49,13 +49,17 @@ class Painter:
         else:
             self.visible = config.model.in_channels in VISIBLE_CHANNELS
 
-    def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int, str]:
-        """uint8 images for a grid, on every rank, its columns, and a caption. Raises Stopped."""
+    def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int]:
+        """uint8 images for a grid, on every rank, and its columns. Raises Stopped."""
         settings, classes = self.config.sample, range(self.config.model.num_classes)
-        labels, columns = label_columns(settings.num, list(classes))
+        columns = label_columns(settings.num, list(classes))[1]
         own = self.draw(ema, settings.num, settings, stop)
-        caption = grid_caption(labels, columns, self.class_names)
-        return torch.cat(self.world.gather(own)), columns, caption
+        return torch.cat(self.world.gather(own)), columns
+
+    def caption(self) -> str:
+        """The names of the classes that a preview shows; empty without any."""
+        classes = list(range(self.config.model.num_classes))
+        return grid_caption(*label_columns(self.config.sample.num, classes), self.class_names)
 
     def draw(self, ema: EMA, num: int, settings: SampleConfig, stop: StopSignal) -> Tensor:
         """This rank's share of images 0 to num - 1, uint8. Raises Stopped on all ranks alike."""

@@ -438,7 +438,7 @@ def _show(
     draws, scores = _due(trainer, painter, scorer)
     try:
         if draws:
-            log.images(trainer.step, *painter.preview(trainer.ema, stop))
+            log.images(trainer.step, *painter.preview(trainer.ema, stop), painter.caption())
         if scores:
             log.score(trainer.step, scorer.score(trainer.ema, stop))
     except Stopped:

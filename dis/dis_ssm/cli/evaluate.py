@@ -67,6 +67,8 @@ def evaluate(
         _refuse(given, (*DRAWN, *ALONE), "images are scored")
     if out and out.suffix != ".json":
         raise ValueError(f"the report is JSON: give --out a name that ends in .json, not {out}")
+    if save_reference and not save_reference.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {save_reference}: there is no such folder, make it first")
     if reference and reference.endswith(".npz") and (split or image_size is not None):
         raise ValueError(f"{reference} is taken as it is: leave out --split and --image-size")
     drawing = {name: given[name] for name in DRAWN}

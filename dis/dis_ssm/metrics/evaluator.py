@@ -219,8 +219,6 @@ def _check_savable(path: Path, stored: StoredStatistics | None) -> None:
         raise ValueError(f"{stored.source} holds statistics already: leave out {path}")
     if path.suffix != ".npz":
         raise ValueError(f"cannot write statistics to {path}: give a name that ends in .npz")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"cannot write statistics to {path}: there is no such folder, make it")
     check_writable(path)
 
 
