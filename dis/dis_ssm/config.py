@@ -25,6 +25,7 @@ from dis_ssm.model import DiS, DiS_models, create_model
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
+RUN_CONFIG = "config.json"  # what a run saves
 SIZES = ("hidden_size", "depth", "patch_size")
 MOST_IMAGES = 10**9  # of a set, a batch or a preview
 LARGEST_SIDE = 2**16  # in pixels, cells or channels; also of the widths of a model
@@ -255,7 +256,8 @@ def named_configs() -> dict[str, Path]:
 
 
 def load_config(source: str | Path) -> Config:
-    """Read a TOML or JSON file, or a name of `named_configs`; what it leaves out is default."""
+    """Read a TOML or JSON file, or a name of `named_configs`; what it leaves out is default, but
+    for the config.json of a run (see `from_saved`)."""
     path = Path(source)
     if not path.suffix and not path.is_file():
         named = named_configs()
@@ -271,7 +273,7 @@ def load_config(source: str | Path) -> Config:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     try:
-        return from_dict(values)
+        return from_saved(values) if path.name == RUN_CONFIG else from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -283,7 +285,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def from_saved(values: dict[str, Any]) -> Config:
     """`from_dict` of what a run saved: before data.background there was only "drop"."""
-    data = values.get("data")
+    data = values.get("data") if isinstance(values, dict) else None
     if isinstance(data, dict):
         values = values | {"data": {"background": "drop"} | data}
     return from_dict(values)

@@ -209,6 +209,7 @@ def evaluate_drawn(
     batch_size: int | None = None,
     split: str | None = None,
     image_size: int | None = None,
+    background: str | None = None,
     world: World,
     **options: Any,
 ) -> dict:
@@ -249,6 +250,7 @@ def evaluate_drawn(
         batch_size=min(num, settings.batch_size),
         split=split or ("heldout" if reference is None else "train"),
         image_size=image_size,
+        background=background or config.data.background,
         world=world,
         **options,
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dis_ssm.checkpoint import DRAFT, drafted, write_json
+from dis_ssm.config import RUN_CONFIG
 from dis_ssm.extras import how_to_install
 from dis_ssm.images import make_grid
 
@@ -30,7 +31,6 @@ SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and p
     if hasattr(signal, name)
 )
 LOCK = ".lock"
-CONFIG = "config.json"
 EXTENDED_FROM = "extended_from"
 BOARD_GROUPS = {  # TensorBoard's tags are GROUP/name; the names are the log's
     "loss": ("loss", "mse", "vb", "loss_q1", "loss_q2", "loss_q3", "loss_q4"),
@@ -59,7 +59,7 @@ def is_run(folder: Path) -> bool:
     if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file():
         return True
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and {"model", "diffusion", "train"} <= config.keys()

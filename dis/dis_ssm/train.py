@@ -40,6 +40,7 @@ from dis_ssm.checkpoint import (
 )
 from dis_ssm.classes import keep_class_names
 from dis_ssm.config import (
+    RUN_CONFIG,
     Config,
     build_diffusion,
     build_model,
@@ -57,7 +58,6 @@ from dis_ssm.ops.backend import check_forced
 from dis_ssm.optimizer import build_optimizer, learning_rate
 from dis_ssm.preview import Painter, Scorer, Stopped
 from dis_ssm.runs import (
-    CONFIG,
     EXTENDED_FROM,
     Gauge,
     RunLog,
@@ -308,7 +308,7 @@ def _announce(trainer: Trainer, dataset: ImageDataset, visible: bool) -> None:
     if trainer.step >= config.train.steps:
         print(f"{config.out} is done: {trainer.step} of {config.train.steps} steps")
         return
-    write_json(config.out / CONFIG, to_dict(config))
+    write_json(config.out / RUN_CONFIG, to_dict(config))
     if config.model.num_classes:
         keep_class_names(config.out, dataset.class_names)
     parameters = sum(p.numel() for p in trainer.model.parameters())

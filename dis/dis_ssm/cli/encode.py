@@ -23,6 +23,8 @@ def encode(
     precision: Literal["float32", "bf16"] = "float32",
     max_corrupt: int = 10,
     workers: int | None = None,
+    background: Literal["white", "black", "drop"] = "white",
+    relabel: bool = False,
     device: str | None = None,
     check: Path | None = None,
 ) -> int:
@@ -40,6 +42,8 @@ def encode(
         precision: bf16 is autocast; either is stored in float16.
         max_corrupt: unreadable images that may be left out.
         workers: threads that decode images.
+        background: what images with alpha are composed on; drop ignores it, as ADM does.
+        relabel: number the labels that occur 0, 1, ..., however large they are.
         check: instead, read this cache and name the shards that are damaged.
     """
     from dis_ssm.encoding import encode as run_encoding
@@ -67,6 +71,8 @@ def encode(
             precision=precision,
             max_corrupt=max_corrupt,
             workers=workers,
+            background=background,
+            relabel=relabel,
             world=world,
         )
         if world.main:

@@ -31,6 +31,7 @@ def evaluate(
     resize: int | None = None,
     image_size: int | None = None,
     split: Literal["train", "heldout"] | None = None,
+    background: Literal["white", "black", "drop"] | None = None,
     save_reference: Path | None = None,
     device: str | None = None,
     out: Path | None = None,
@@ -56,6 +57,7 @@ def evaluate(
         resize: side in pixels at which lite0 and dinov2 look, instead of 224.
         image_size: crop and scale a reference that is a data set to this.
         split: of a reference that is a data set; train unless given.
+        background: what image files with alpha are composed on, else white; drop ignores it.
         save_reference: write the reference's statistics to this .npz for the next time.
         out: the report (.json); by default beside the samples, or in RUN/scores.
     """
@@ -95,7 +97,7 @@ def evaluate(
 
 DRAWN = ("num", "cfg_scale", "steps", "sampler", "seed")  # options of runs
 ALONE = ("bound_images", "bound_terms", "keep")  # of runs that are not compared by features
-OF_FEATURES = ("weights", "resize", "image_size", "split", "save_reference")
+OF_FEATURES = ("weights", "resize", "image_size", "split", "background", "save_reference")
 HOW = {
     True: "a run is scored by an extractor's features",
     False: "a run is scored without a REFERENCE or an --extractor",

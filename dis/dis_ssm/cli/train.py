@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from dis_ssm.config import Config, load_config, named_configs
-from dis_ssm.runs import CONFIG, is_run
+from dis_ssm.config import RUN_CONFIG, Config, load_config, named_configs
+from dis_ssm.runs import is_run
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -20,7 +20,7 @@ def base_of(source: str) -> Config:
     folder = Path(source)
     if source in named_configs() or not is_run(folder):
         return load_config(source)
-    return dataclasses.replace(load_config(folder / CONFIG), out=folder)
+    return dataclasses.replace(load_config(folder / RUN_CONFIG), out=folder)
 
 
 def train_command(base: Config) -> Callable[..., int]:
