@@ -239,11 +239,22 @@ def test_a_vae_that_cannot_be_loaded_is_named(tmp_path, vae_folder, monkeypatch)
         raise OSError("no connection")
 
     from diffusers import AutoencoderKL
+    from huggingface_hub import HfApi
+
+    def model_info(self, name, **options):
+        asked.append(name)
+        if name != hf.DEFAULT_VAE:
+            raise ConnectionError("no such host")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_hub)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
     with pytest.raises(ValueError, match=f"cannot load VAE '{hf.DEFAULT_VAE}': no connection"):
         load_vae(hf.DEFAULT_VAE)
-    assert asked == [True, False]
+    assert asked == [True, hf.DEFAULT_VAE, False]
+    asked.clear()
+    with pytest.raises(ValueError, match="not on this machine, and the hub says: no such host"):
+        load_vae("nobody/nothing")
+    assert asked == [True, "nobody/nothing"]  # once
 
 
 def test_hashes_tell_encoders_apart_and_not_decoders(vae_folder):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 LONGEST_REASON = 200
+HUB_TIMEOUT = 10  # seconds
 ENCODER = ("encoder.", "quant_conv.")  # the weights that latents depend on
 
 
@@ -68,7 +69,19 @@ def _from_hub(cls: type, name: str, options: dict):
     try:
         return cls.from_pretrained(name, local_files_only=True, **options)
     except OSError:
+        _ask_hub(name)
         return cls.from_pretrained(name, **options)
+
+
+def _ask_hub(name: str) -> None:
+    """OSError unless the hub knows `name`: one request, where a download would be tried again and
+    again."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of the client's, or of the library below it
+        raise OSError(f"it is not on this machine, and the hub says: {error}") from error
 
 
 def vae_scale(vae: "AutoencoderKL") -> int:
