@@ -131,7 +131,7 @@ def cases_of(command: str):
                 names += ("images are scored",)  # the word became a reference
             yield Case((*base, option, *words), names, certain)
         yield Case((*base, f"--{misspelt(flag.name)}", "1"), (misspelt(flag.name),), True)
-        if flag.hint is not bool and "..." not in str(flag.hint):
+        if flag.hint is not bool and "..." not in str(flag.hint) and "." not in flag.name:
             yield Case((*base, option), (last,), True)
     yield Case((*base, "superfluous", "words"), ("superfluous", "words"), True)
     yield Case((misspelt(base[0]), *base[1:]), (misspelt(base[0]), base[0]), True)
@@ -290,7 +290,7 @@ def test_there_are_many():
 @pytest.mark.parametrize("command", [c for c in BASES if c != "info"])
 def test_processes_end_alike(command, place, tmp_path):
     """What the process as a whole does, of one case a command."""
-    case = next(iter(cases_of(command)))
+    case = next(case for case in cases_of(command) if case.certain)
     done = subprocess.run(
         [sys.executable, "-m", "dis_ssm", *case.arguments],
         cwd=place,
