@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dis_ssm import cli
+from dis_ssm.cli import entry
+from dis_ssm.cli.evaluate import ALONE, DRAWN
 from dis_ssm.config import Config
 
 COMMANDS = {
-    name: getattr(cli, name)
+    name: getattr(entry, name)
     for name in ("sample", "evaluate", "encode", "info", "convert", "flops")
 }
 BASES = {  # a command line that is accepted, but for what a case adds or takes away
@@ -35,7 +36,7 @@ BASES = {  # a command line that is accepted, but for what a case adds or takes 
     "convert": ["convert", "weights.pt", "converted"],
     "flops": ["flops", "--models", "DiS-S/2", "--size", "32", "32"],
 }
-OF_A_RUN = {name.replace("_", "-") for name in cli.OF_A_RUN}
+OF_A_RUN = {name.replace("_", "-") for name in (*DRAWN, *ALONE)}
 LONG = "n" * 300
 PLACES = ["nowhere/deep/x", "empty", "pipe", "/dev/null", LONG, "\udcff.png"]
 
@@ -56,7 +57,7 @@ class Case(NamedTuple):
 
 def flags_of(command: str) -> list[Flag]:
     if command == "train":
-        return [*dataclass_flags(Config, ""), Flag("dry-run", bool)]
+        return [*dataclass_flags(Config, ""), Flag("extend", int | None), Flag("dry-run", bool)]
     function = COMMANDS[command.split()[0]]
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
@@ -65,7 +66,7 @@ def flags_of(command: str) -> list[Flag]:
         for p in parameters
         if p.kind is p.KEYWORD_ONLY
     ]
-    if function is cli.evaluate:
+    if function is entry.evaluate:
         run = command == "evaluate run"
         flags = [flag for flag in flags if (flag.name in OF_A_RUN) == run]
     return flags
