@@ -5,6 +5,9 @@ Tests marked `slow` or `distributed` run only when a marker expression is given 
 
 import os
 import shutil
+import signal
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -142,3 +145,69 @@ def assert_same_bits(assert_close):
             assert same, f"{name} differs in its bits"
 
     return check
+
+
+class Outcome(NamedTuple):
+    """How a command line ended; `status` is None where its work began and was not let to go on."""
+
+    status: int | None
+    out: str
+    err: str
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with how it was refused or accepted."""
+        if "Traceback" in self.err:
+            return "a traceback"
+        if self.status is None:
+            return None
+        if self.status == 0:
+            return None if self.out.strip() else "exit status 0 and nothing said"
+        errors = self.err.count("dis-ssm: error:")
+        return None if errors == 1 or "For full helptext" in self.err else f"{errors} errors"
+
+
+class Began(BaseException):
+    """The command took its arguments and started to compute."""
+
+
+class Late(BaseException):
+    """The command took too long."""
+
+
+@pytest.fixture
+def began():
+    """A stand-in for the work of a command."""
+
+    def work(*arguments, **options):
+        raise Began
+
+    return work
+
+
+@pytest.fixture
+def outcome(capsys, monkeypatch):
+    """(arguments, seconds=20) -> Outcome of `dis_ssm.cli.main`, which may not raise or hang."""
+    from dis_ssm.cli import main
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def late(*_):
+        raise Late
+
+    def run_command(arguments: list[str], seconds: float = 20) -> Outcome:
+        capsys.readouterr()
+        previous = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code
+        except Began:
+            status = None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        return Outcome(status, *capsys.readouterr())
+
+    return run_command

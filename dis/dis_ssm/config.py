@@ -237,6 +237,11 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
+    def __post_init__(self):
+        text = str(self.out)
+        readable = text == text.encode(errors="replace").decode()
+        _check(self, readable, "out", "TensorBoard writes to names in UTF-8 only")
+
 
 # What may differ when a run is continued: it changes what is written, not what is learned.
 FREE_ON_RESUME = frozenset(
