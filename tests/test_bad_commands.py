@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pytest
 import torch
-from dis_ssm.cli.evaluate import ALONE, DRAWN
 from PIL import Image
 
 from dis_ssm.cli import entry
+from dis_ssm.cli.evaluate import ALONE, DRAWN
 from dis_ssm.config import Config
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -125,14 +125,19 @@ def misspelt(name: str) -> str:
 
 
 def cases_of(command: str):
-    base = BASES[command]
+    base, tried = BASES[command], set()
     for flag in flags_of(command):
         option, last = f"--{flag.name}", flag.name.rpartition(".")[2]
         for words, certain in bad_values(flag.hint):
+            if words == ["x"] and (command, flag.hint) in tried:
+                continue  # the parser's own refusal, once a type
+            tried.add((command, flag.hint))
             names = (last, *(word for word in words if word))
             if flag.hint is bool:
                 names += ("images are scored",)  # the word became a reference
             yield Case((*base, option, *words), names, certain)
+        if "." in flag.name and flag.hint in (int, str):
+            continue  # many flags of train are alike
         yield Case((*base, f"--{misspelt(flag.name)}", "1"), (misspelt(flag.name),), True)
         if flag.hint is not bool and "..." not in str(flag.hint) and "." not in flag.name:
             yield Case((*base, option), (last,), True)
@@ -146,13 +151,6 @@ def cases_of(command: str):
         # what is optional may be left out; the next word then takes its place
         yield Case((*base[:position], *base[position + 1 :]), ("",), False)
     yield Case((base[0], "--"), ("",), False)
-
-
-KNOWN = {  # words of a command line -> what is to be mended
-    ("train", "--train.wandb"): "a missing wandb is found after the folder was made",
-    ("evaluate",): "folders are made for results that are then not computed",
-    ("convert", "--input-size", str(10**20)): "a side has no bound",
-}
 
 
 CASES = [
@@ -261,15 +259,10 @@ def stopped_before_work(began, monkeypatch):
 def test_a_bad_command_line_is_refused_by_name(
     case, place, outcome, stopped_before_work, monkeypatch
 ):
-    known = [why for words, why in KNOWN.items() if {*words} <= {*case.arguments}]
     monkeypatch.chdir(place)
     before = contents(place)
     try:
         found = outcome(list(case.arguments))
-    except TypeError:
-        if not known:
-            raise
-        pytest.xfail(known[0])
     finally:
         after = contents(place)
         tidy(before, after)
@@ -282,8 +275,6 @@ def test_a_bad_command_line_is_refused_by_name(
     names = [name.encode(errors="backslashreplace").decode() for name in case.names]
     assert any(n[:40].replace("_", "-").replace(" ", "") in shown for n in names), told
     left = [p for p in after.keys() | before.keys() if after.get(p) != before.get(p)]
-    if left and known:
-        pytest.xfail(known[0])
     assert not left, told
 
 
@@ -291,8 +282,8 @@ def test_there_are_many():
     assert sum(case.values[0].certain for case in CASES) >= 300
 
 
-@pytest.mark.parametrize("command", [c for c in BASES if c != "info"])
-def test_processes_end_alike(command, place, tmp_path):
+@pytest.mark.parametrize("command", ["train", "sample", "encode"])
+def test_processes_end_alike(command, place):
     """What the process as a whole does, of one case a command."""
     case = next(case for case in cases_of(command) if case.certain)
     done = subprocess.run(

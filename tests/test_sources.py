@@ -454,7 +454,7 @@ def test_a_missing_library_names_the_extra(tmp_path, offline, monkeypatch, missi
     else:
         hf_dataset(range(2)).save_to_disk(tmp_path)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"need {missing}: pip install 'dis-ssm\[data\]'"):
+    with pytest.raises(ImportError, match=rf"need {missing}: pip install '\.\[data\]'"):
         open_dataset(tmp_path, image_size=SIZE)
 
 

@@ -21,18 +21,16 @@ from typing import Any, Literal
 import torch
 
 from dis_ssm.diffusion import Diffusion
-from dis_ssm.model import DiS, DiS_models, create_model
+from dis_ssm.model import LARGEST_SIDE, MOST_CLASSES, DiS, DiS_models, create_model
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
 RUN_CONFIG = "config.json"  # what a run saves
 SIZES = ("hidden_size", "depth", "patch_size")
 MOST_IMAGES = 10**9  # of a set, a batch or a preview
-LARGEST_SIDE = 2**16  # in pixels, cells or channels; also of the widths of a model
 MOST_BLOCKS = 10**4
 MOST_STEPS = 10**12  # of training
 MOST_TIMESTEPS = 10**6  # of the diffusion
-MOST_CLASSES = 10**7
 MOST_MINUTES = 10**6
 LARGEST_SEED = 2**63 - 1
 

@@ -22,6 +22,8 @@ from dis_ssm.ops.norm import add_rms_norm
 
 SKIPS = ("concat", "add", "none")
 TIME_CONDITIONINGS = ("token", "adaln")
+LARGEST_SIDE = 2**16  # in pixels, cells or channels; also of the widths of a model
+MOST_CLASSES = 10**7
 
 
 def timestep_features(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -163,6 +165,9 @@ class DiS(nn.Module):
             least = 0 if name in ("depth", "num_classes") else 1  # an even depth is told why
             if not isinstance(size, Integral) or size < least:
                 raise ValueError(f"{name} must be at least {least} and an integer, got {size!r}")
+            most = MOST_CLASSES if name == "num_classes" else LARGEST_SIDE
+            if size > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {size}")
         _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning)
         for name, p in (("class_dropout_prob", class_dropout_prob), ("drop_path", drop_path)):
             if not 0 <= p < 1:
