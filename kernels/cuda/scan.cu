@@ -293,6 +293,7 @@ constexpr int COLUMN = CHUNK + 4, ROW = WARP + (2 * STATES > WARP ? 2 * STATES :
 constexpr int TILE_FLOATS = 2 * STATES * COLUMN;
 constexpr int START_FLOATS = V * S * WARP;
 constexpr int WARP_FLOATS = CHUNK * ROW + STEP * EDGE + (STEPS - 1) * START_FLOATS;
+static_assert(CHUNK * STATES % (4 * WARPS * WARP) == 0);
 
 __device__ __forceinline__ void load_quad(const float* p, float (&v)[4]) {
   float4 f = *(const float4*)p;
@@ -312,8 +313,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
   int length = s.length, channels = s.channels, state = s.state, chunks = (length + CHUNK - 1) / CHUNK;
   bool live = c < channels;
   int near = live ? c : channels - 1;  // absent channels read another's tokens, and count as zeros
-  auto tokens = [&](const Rows& rows, int i) { return walk(s, d, rows, b, near).moved(i); };
-  bool gated = s.z.data, writes_dz = live && blockIdx.z == 0, skips = d.D;
+  auto x_walk = walk(s, d, d.x, b, near), dt_walk = walk(s, d, d.dt, b, near);
+  auto dout_walk = walk(s, d, s.dout, b, near), z_walk = walk(s, d, s.z, b, near);
+  auto sum_walk = walk(s, d, s.pregate, b, near);
+  auto dx_walk = walk(s, d, d.dx, b, near), ddt_walk = walk(s, d, d.ddt, b, near), dz_walk = walk(s, d, s.dz, b, near);
+  bool gated = s.z.data, writes_dz = gated && blockIdx.z == 0, skips = d.D;
   float bias = optional(d.dt_bias, near), skip = optional(d.D, near);
   float dD = 0.0f, dbias = 0.0f;
   float A[V][S], carry[V][S], dA[V][S];
@@ -324,22 +328,57 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     int i0 = chunk * CHUNK, count = min(CHUNK, length - i0), last = (count - 1) / STEP;
-#pragma unroll 4
-    for (int e = threadIdx.x; e < CHUNK * STATES; e += WARPS * WARP) {
-      int n = e % STATES, i = e / STATES;
-      bool there = i < count && n < s.state;
-      tile[n * COLUMN + i] = there ? to_float(walk(s, d, d.B, b, n).moved(i0 + i)[0]) : 0.0f;
-      tile[(STATES + n) * COLUMN + i] = there ? to_float(walk(s, d, d.C, b, n).moved(i0 + i)[0]) : 0.0f;
+    auto token = [&](int i) { return i0 + min(i, count - 1); };  // absent tokens read another, and count as zeros
+
+    // Every load below goes to a register of its own and is used after the whole batch has been asked for.
+    auto B_walk = walk(s, d, d.B, b, 0), C_walk = walk(s, d, d.C, b, 0);
+#pragma unroll 1
+    for (int e0 = threadIdx.x; e0 < CHUNK * STATES; e0 += 4 * WARPS * WARP) {
+      Raw<1> B[4], C[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int e = e0 + j * WARPS * WARP, t = token(e / STATES), n = min(e % STATES, state - 1);
+        load(B[j], &B_walk.moved(t)[n]), load(C[j], &C_walk.moved(t)[n]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int e = e0 + j * WARPS * WARP, i = e / STATES, n = e % STATES;
+        bool there = i < count && n < state;
+        tile[n * COLUMN + i] = there ? B[j][0] : 0.0f;
+        tile[(STATES + n) * COLUMN + i] = there ? C[j][0] : 0.0f;
+      }
     }
-    auto x_at = tokens(d.x, i0), dt_at = tokens(d.dt, i0);
-#pragma unroll 8
-    for (int i = 0; i < CHUNK; ++i, x_at.move(1), dt_at.move(1)) {
-      float x = i < count ? to_float(x_at[0]) : 0.0f, dt = i < count ? to_float(dt_at[0]) : 0.0f;
-      float delta = live && i < count ? time_step(dt + bias) : 0.0f;
-      rows[i * ROW + lane] = delta;
-      rows[i * ROW + WARP + lane] = live ? delta * x : 0.0f;
+#pragma unroll 1
+    for (int i1 = 0; i1 < CHUNK; i1 += 8) {
+      Raw<1> x[8], dt[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        int t = token(i1 + k);
+        load(x[k], &x_walk.moved(t)[0]), load(dt[k], &dt_walk.moved(t)[0]);
+      }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        bool there = live && i1 + k < count;
+        float delta = there ? time_step(dt[k][0] + bias) : 0.0f;
+        rows[(i1 + k) * ROW + lane] = delta;
+        rows[(i1 + k) * ROW + WARP + lane] = there ? delta * x[k][0] : 0.0f;
+      }
     }
     __syncthreads();
+
+    Raw<1> raw_x[STEP], raw_dt[STEP], raw_dout[STEP], raw_z[STEP];  // of the step to come
+    float sum[STEP];
+    auto fetch_step = [&](int step) {
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) {
+        int t = token(step * STEP + k);
+        load(raw_x[k], &x_walk.moved(t)[0]), load(raw_dt[k], &dt_walk.moved(t)[0]);
+        load(raw_dout[k], &dout_walk.moved(t)[0]);
+        if (gated) load(raw_z[k], &z_walk.moved(t)[0]);
+        if (writes_dz) sum[k] = sum_walk.moved(t)[0];
+      }
+    };
+    fetch_step(last);
 
     float delta[STEP][V], delta_x[STEP][V];
     auto load_step = [&](int step) {
@@ -380,43 +419,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll 1
     for (int step = last; step >= 0; --step) {
       int first = i0 + step * STEP, left = count - step * STEP;
-      auto x_at = tokens(d.x, first), dt_at = tokens(d.dt, first), dout_at = tokens(s.dout, first);
-      io raw_x[STEP] = {}, raw_dt[STEP] = {}, raw_dout[STEP] = {}, raw_z[STEP] = {};
       float dy_own[STEP];
-#pragma unroll
-      for (int k = 0; k < STEP; ++k) {
-        if (k < left) raw_x[k] = x_at[0], raw_dt[k] = dt_at[0], raw_dout[k] = dout_at[0];
-        x_at.move(1), dt_at.move(1), dout_at.move(1);
-      }
       if (gated) {
-        auto z_at = tokens(s.z, first);
-        auto sum_at = walk(s, d, s.pregate, b, near).moved(first);
-        auto dz_at = walk(s, d, s.dz, b, near).moved(first);
-        float sum[STEP] = {};
-#pragma unroll
-        for (int k = 0; k < STEP; ++k, z_at.move(1))
-          if (k < left) raw_z[k] = z_at[0];
-        if (writes_dz)
-#pragma unroll
-          for (int k = 0; k < STEP; ++k, sum_at.move(1))
-            if (k < left) sum[k] = sum_at[0];
+        auto dz_at = dz_walk.moved(first);
 #pragma unroll
         for (int k = 0; k < STEP; ++k, dz_at.move(1)) {
-          float z = to_float(raw_z[k]), sz = sigmoid(z), dout = to_float(raw_dout[k]);
-          if (writes_dz && k < left) dz_at[0] = from_float(dout * silu_slope(z, sz) * sum[k]);
+          float z = raw_z[k][0], sz = sigmoid(z), dout = raw_dout[k][0];
+          if (writes_dz && live && k < left) dz_at[0] = from_float(dout * silu_slope(z, sz) * sum[k]);
           dy_own[k] = dout * (z * sz);
         }
       } else {
 #pragma unroll
-        for (int k = 0; k < STEP; ++k) dy_own[k] = to_float(raw_dout[k]);
+        for (int k = 0; k < STEP; ++k) dy_own[k] = raw_dout[k][0];
       }
 #pragma unroll
       for (int k = 0; k < STEP; ++k) {
-        edge[k * EDGE] = live ? dy_own[k] : 0.0f;
-        edge[k * EDGE + WARP] = to_float(raw_x[k]);
-        edge[k * EDGE + 2 * WARP] = SOFTPLUS ? sigmoid(to_float(raw_dt[k]) + bias) : 1.0f;  // d Delta / d dt
+        edge[k * EDGE] = live && k < left ? dy_own[k] : 0.0f;
+        edge[k * EDGE + WARP] = raw_x[k][0];
+        edge[k * EDGE + 2 * WARP] = SOFTPLUS ? sigmoid(raw_dt[k][0] + bias) : 1.0f;  // d Delta / d dt
       }
       __syncwarp();
+      if (step > 0) fetch_step(step - 1);
       float dy[STEP][V], sums[STEP][2 * V] = {};  // sums: s1 and s2 of each channel, side by side
 #pragma unroll
       for (int k = 0; k < STEP; ++k) load_quad(edge - q + k * EDGE, dy[k]);
@@ -458,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         scatter_sum<2 * STEP, 16, 4>(dBC, lane);
         dBC_out[4 * m] = dBC[0];
       }
-      auto dx_at = walk(s, d, d.dx, b, near).moved(first), ddt_at = walk(s, d, d.ddt, b, near).moved(first);
+      auto dx_at = dx_walk.moved(first), ddt_at = ddt_walk.moved(first);
 #pragma unroll
       for (int k = 0; k < STEP; ++k, dx_at.move(1), ddt_at.move(1)) {
         scatter_sum<2 * V, 2, 1>(sums[k], lane);  // s1, s2 of this lane's channel; zeros of an absent token
@@ -473,17 +496,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
     }
 
     __syncthreads();
-#pragma unroll 4
-    for (int e = threadIdx.x; e < count * 2 * STATES; e += WARPS * WARP) {
+#pragma unroll 2
+    for (int e = 4 * threadIdx.x; e < count * 2 * STATES; e += 4 * WARPS * WARP) {
       int i = e / (2 * STATES), n = e % STATES;
-      if (n >= s.state) continue;
-      float total = 0.0f;
+      float total[4] = {};
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w)
-        total += tile[TILE_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES)];
-      float* partial = e % (2 * STATES) < STATES ? d.dB : d.dC;
+      for (int w = 0; w < WARPS; ++w) {
+        float part[4];
+        load_quad(tile + TILE_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES), part);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[j] += part[j];
+      }
       int t = d.reverse ? length - 1 - (i0 + i) : i0 + i;
-      partial[((blockIdx.y * s.batch + b) * s.length + t) * s.state + n] = total;
+      float* partial = e % (2 * STATES) < STATES ? d.dB : d.dC;
+      partial += ((blockIdx.y * s.batch + b) * s.length + t) * s.state + n;
+      if (state % 4 == 0 && n < state) *(float4*)partial = {total[0], total[1], total[2], total[3]};
+      else
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (n + j < state) partial[j] = total[j];
     }
     __syncthreads();
   }

@@ -25,6 +25,7 @@ using std::min;
 #define dynamic_shared (shim::shared)
 
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct dim3 { unsigned x, y, z; };
 static dim3 threadIdx, blockIdx, blockDim;
 

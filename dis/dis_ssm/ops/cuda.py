@@ -309,7 +309,7 @@ class ConvSide(ctypes.Structure):
 
 class Conv(ctypes.Structure):
     _fields_ = [
-        *_fields("batch length channels silu", ctypes.c_int64),
+        *_fields("batch length channels", ctypes.c_int64),
         *_fields("past future", ConvSide),
         ("x", Rows),
         ("dx", ctypes.c_void_p),
@@ -518,40 +518,52 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
 
 
-def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide], tuple]:
-    call = _Call("conv", x, K=weights[0].shape[1])
-    conv = Conv(*x.shape, silu)
+def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide]]:
+    call = _Call("conv", x, K=weights[0].shape[1], SILU=int(silu))
+    conv = Conv(*x.shape)
     conv.x = call.rows(x)
     sides = [conv.past, conv.future][:: -1 if reverse else 1][: 1 if weights[1] is None else 2]
     for side, weight, bias in zip(sides, weights, biases, strict=False):
         side.weight, side.bias = call.vector(weight), call.vector(bias)
-    segments = -(-x.shape[1] // SEGMENT)
-    return call, conv, sides, (x.shape[0] * segments, -(-x.shape[2] // CONV_THREADS), 1)
+    call.macros |= {"PAST": int(bool(conv.past.weight)), "FUTURE": int(bool(conv.future.weight))}
+    return call, conv, sides
+
+
+def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
+    """With two channels a thread where every row is aligned to them."""
+    pair = 2 * call.io.itemsize
+    numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
+    each = 2 if conv.channels % 2 == 0 and all(n % pair == 0 for n in numbers) else 1
+    call.macros["EACH"] = each
+    groups = -(-conv.channels // (each * CONV_THREADS))
+    grid = (conv.batch * -(-conv.length // SEGMENT), groups, 1)
+    call.launch(name, grid, CONV_THREADS, conv)
 
 
 def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
     """``dis_ssm::conv`` on a GPU: same arguments and results as ``conv_op``."""
     weights, biases = (weight_f, weight_b), (bias_f, bias_b)
-    call, conv, sides, grid = _conv(x, weights, biases, silu, reverse)
+    call, conv, sides = _conv(x, weights, biases, silu, reverse)
     outputs = [call.empty(*x.shape) for _ in sides]
     for side, y in zip(sides, outputs, strict=True):
         side.y = call.pointer(y)
-    call.launch("conv_forward", grid, CONV_THREADS, conv)
+    _launch_conv(call, "conv_forward", conv, [conv.x])
     return outputs
 
 
 def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
     """``dis_ssm::conv_backward`` on a GPU: same arguments and results as ``conv_backward_op``."""
     inputs = (x, weight_f, bias_f, weight_b, bias_b)
-    call, conv, sides, grid = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    call, conv, sides = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
     grads = [dx, None, None, None, None]
+    segments = x.shape[0] * -(-x.shape[1] // SEGMENT)
     for i, (side, dy) in enumerate(zip(sides, (dy_f, dy_b), strict=False)):
         side.dy = call.rows(dy)
-        side.dweight, grads[1 + 2 * i] = call.partial(grid[0], inputs[1 + 2 * i], torch.float32)
-        side.dbias, grads[2 + 2 * i] = call.partial(grid[0], inputs[2 + 2 * i], torch.float32)
-    call.launch("conv_backward", grid, CONV_THREADS, conv)
+        side.dweight, grads[1 + 2 * i] = call.partial(segments, inputs[1 + 2 * i], torch.float32)
+        side.dbias, grads[2 + 2 * i] = call.partial(segments, inputs[2 + 2 * i], torch.float32)
+    _launch_conv(call, "conv_backward", conv, [conv.x, *(side.dy for side in sides)])
     call.sum()
     return [
         x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
