@@ -49,13 +49,13 @@ def nvrtc():
 )
 def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
     report = io.StringIO()
-    macros = {"IO": cuda.IO_TYPES[dtype], "STATES": 16, "WARPS": 4, "SOFTPLUS": 1}
+    macros = {"IO": cuda.IO_TYPES[dtype], "STATES": 16, "WARPS": 4, "SOFTPLUS": 1, "ALIGNED": 1}
     cubin = cuda.compile_cubin("scan", arch, macros, report)
     assert cubin[:4] == b"\x7fELF"
     found = resources(report.getvalue())
     forward = {"scan_forward", "scan_forward_both", "scan_forward_apart", "scan_combine"}
     assert set(found) == {*forward, "scan_backward", "sum_partials"}
-    print(arch, dtype, found, "shared", cuda.backward_shared(16, 4))
+    print(arch, dtype, found, "shared", cuda.backward_shared(16, 4, dtype.itemsize))
     assert {name: spill for name, (_, spill) in found.items() if spill} == {}
     # 6 blocks of 64 threads and 8 warps are what the launch counts on.
     assert found["scan_forward"][0] <= 65536 // (6 * 64)
@@ -96,12 +96,12 @@ def test_a_broken_source_says_why(nvrtc):
 
 @pytest.mark.parametrize(
     "block, sm, states, warps",
-    [(227, 228, 16, 4), (163, 164, 16, 2), (99, 100, 16, 1), (99, 100, 32, 2), (99, 100, 64, 1)],
+    [(227, 228, 16, 4), (163, 164, 16, 1), (99, 100, 16, 1), (99, 100, 32, 2), (99, 100, 64, 1)],
 )
 def test_blocks_fit_the_shared_memory(block, sm, states, warps):
     limits = block * 1024, sm * 1024
-    assert cuda.backward_warps(states, *limits) == warps
-    assert cuda.backward_shared(states, warps) <= limits[0]
+    assert cuda.backward_warps(states, 2, *limits) == warps
+    assert cuda.backward_shared(states, warps, 2) <= limits[0]
 
 
 # ---- the kernels on the CPU ------------------------------------------------------------------

@@ -10,7 +10,7 @@
 // Letters: b batch, t token in memory, i token in scan order, c channel, n state.
 #include "common.cuh"
 
-constexpr int CHUNK = 32;  // tokens between two states kept for the backward pass
+constexpr int CHUNK = 16;  // tokens between two states kept for the backward pass
 constexpr int WARP = 32;
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -283,40 +283,63 @@ extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
 // and a h_{t-1} of one state of four channels and STEP tokens are all that has to be in registers.
 //
 // A warp has 32 channels and all states: lane 4 j + q holds the states n = 4 m + q of channels 4 j ... 4 j + 3.
-// Work outside the recurrence is done with lane = channel.
+// Work outside the recurrence is done with lane = channel. What a chunk reads is copied to shared memory while the
+// chunk behind it is worked on.
 constexpr int V = 4, S = STATES / 4, STEP = 4, STEPS = CHUNK / STEP;
 
-// Shared memory in floats. B and C of the chunk, [2 STATES][COLUMN], token innermost; then for each warp
-// Delta [32] and Delta x [32] of every token, the latter making room for dB and dC [2 STATES] when it is spent;
-// dy, x, d Delta / d dt and their kin of a step, [STEP][3][32]; the state before each step but the first.
-constexpr int COLUMN = CHUNK + 4, ROW = WARP + (2 * STATES > WARP ? 2 * STATES : WARP) + 4, EDGE = 3 * WARP;
+// Shared memory. Of the block: B and C of the chunk as floats, [2 STATES][COLUMN], token innermost; and as they come,
+// [2][B, C][CHUNK][STATES]. Of a warp: Delta [32] and Delta x [32] of every token, the latter making room for dB and dC
+// [2 STATES] when it is spent; dy and d Delta / d dt of a step, [STEP][2][32]; a ring of states [STATES][STATE_ROW],
+// before each step of the chunk and before the next chunk; x, dt, dout and z, [2][4][CHUNK][32], as they come.
+constexpr int COLUMN = CHUNK + 4, ROW = WARP + (2 * STATES > WARP ? 2 * STATES : WARP) + 4, EDGE = 2 * WARP;
+constexpr int STATE_ROW = WARP + 8, STATE_FLOATS = STATES * STATE_ROW, RING = STEPS + 1;
+constexpr int STREAM = CHUNK * WARP, BC_STREAM = CHUNK * STATES;  // of one tensor, in io
 constexpr int TILE_FLOATS = 2 * STATES * COLUMN;
-constexpr int START_FLOATS = V * S * WARP;
-constexpr int WARP_FLOATS = CHUNK * ROW + STEP * EDGE + (STEPS - 1) * START_FLOATS;
-static_assert(CHUNK * STATES % (4 * WARPS * WARP) == 0);
+constexpr int BLOCK_FLOATS = TILE_FLOATS + 4 * BC_STREAM * (int)sizeof(io) / 4;
+constexpr int WARP_FLOATS = CHUNK * ROW + STEP * EDGE + RING * STATE_FLOATS + 8 * STREAM * (int)sizeof(io) / 4;
 
 __device__ __forceinline__ void load_quad(const float* p, float (&v)[4]) {
   float4 f = *(const float4*)p;
   v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
 }
 
+__device__ __forceinline__ void store_quad(float* p, const float (&v)[4]) { *(float4*)p = {v[0], v[1], v[2], v[3]}; }
+
+// Copies CHUNK tokens of COLUMNS channels from channel c0 on; absent tokens and channels read others of the same rows.
+// Part `part` of `parts` threads takes its share. ALIGNED: rows begin and end on borders of 16 bytes.
+template <int COLUMNS>
+__device__ __forceinline__ void copy_chunk(io* to, const Scan& s, const Direction& d, const Rows& rows, int64 b, int c0,
+                                           int channels, int i0, int part, int parts) {
+  int last = min(i0 + CHUNK, (int)s.length) - 1;
+  constexpr int EACH = ALIGNED ? 16 / sizeof(io) : 1, PIECES = COLUMNS / EACH;
+  auto at = walk(s, d, rows, b, 0);
+#pragma unroll
+  for (int e = 0; e < CHUNK * PIECES; e += parts) {
+    int i = (e + part) / PIECES, piece = (e + part) % PIECES * EACH;
+    if (CHUNK * PIECES % parts && e + part >= CHUNK * PIECES) break;
+    const io* from = &at.moved(min(i0 + i, last))[min(c0 + piece, channels - EACH)];
+    if (ALIGNED) copy_async(to + i * COLUMNS + piece, from);
+    else to[i * COLUMNS + piece] = *from;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __grid_constant__ Scan s) {
   float* tile = (float*)dynamic_shared;
+  io* BC_stream = (io*)(tile + TILE_FLOATS);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, q = lane % 4;
-  float* rows = tile + TILE_FLOATS + warp * WARP_FLOATS;
+  float* rows = tile + BLOCK_FLOATS + warp * WARP_FLOATS;
   float* edge = rows + CHUNK * ROW + lane;
-  float* starts = edge + STEP * EDGE;
+  float* ring = rows + CHUNK * ROW + STEP * EDGE;
+  io* stream = (io*)(ring + RING * STATE_FLOATS);
 
   const Direction& d = s.direction[blockIdx.z];
   int64 b = blockIdx.x;
   int c = blockIdx.y * (WARPS * WARP) + threadIdx.x, c4 = c - q;  // lane = channel; first of the quad
   int length = s.length, channels = s.channels, state = s.state, chunks = (length + CHUNK - 1) / CHUNK;
   bool live = c < channels;
-  int near = live ? c : channels - 1;  // absent channels read another's tokens, and count as zeros
-  auto x_walk = walk(s, d, d.x, b, near), dt_walk = walk(s, d, d.dt, b, near);
-  auto dout_walk = walk(s, d, s.dout, b, near), z_walk = walk(s, d, s.z, b, near);
-  auto sum_walk = walk(s, d, s.pregate, b, near);
+  int near = live ? c : channels - 1;
   auto dx_walk = walk(s, d, d.dx, b, near), ddt_walk = walk(s, d, d.ddt, b, near), dz_walk = walk(s, d, s.dz, b, near);
+  auto sum_walk = walk(s, d, s.pregate, b, near);
   bool gated = s.z.data, writes_dz = gated && blockIdx.z == 0, skips = d.D;
   float bias = optional(d.dt_bias, near), skip = optional(d.D, near);
   float dD = 0.0f, dbias = 0.0f;
@@ -326,59 +349,56 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
     for (int m = 0; m < S; ++m) A[v][m] = scaled_A(s, d, c4 + v, 4 * m + q), carry[v][m] = dA[v][m] = 0.0f;
 
+  auto prepare = [&](int chunk, float* kept) {  // copies the chunk's inputs and the state that it starts from
+    int i0 = chunk * CHUNK, c0 = c - lane;
+    io *to = stream + chunk % 2 * 4 * STREAM, *BC = BC_stream + chunk % 2 * 2 * BC_STREAM;
+    copy_chunk<WARP>(to, s, d, d.x, b, c0, channels, i0, lane, WARP);
+    copy_chunk<WARP>(to + STREAM, s, d, d.dt, b, c0, channels, i0, lane, WARP);
+    copy_chunk<WARP>(to + 2 * STREAM, s, d, s.dout, b, c0, channels, i0, lane, WARP);
+    if (gated) copy_chunk<WARP>(to + 3 * STREAM, s, d, s.z, b, c0, channels, i0, lane, WARP);
+    copy_chunk<STATES>(BC, s, d, d.B, b, 0, state, i0, threadIdx.x, WARPS * WARP);
+    copy_chunk<STATES>(BC + BC_STREAM, s, d, d.C, b, 0, state, i0, threadIdx.x, WARPS * WARP);
+    const float* from = d.states + (b * chunks + chunk) * state * s.channels;
+    constexpr int EACH = ALIGNED ? 4 : 1, PIECES = WARP / EACH;
+#pragma unroll
+    for (int e = 0; e < STATES * PIECES; e += WARP) {
+      int n = (e + lane) / PIECES, piece = (e + lane) % PIECES * EACH, column = min(c0 + piece, channels - EACH);
+      if (ALIGNED) copy_async(kept + n * STATE_ROW + piece, from + n * s.channels + column);
+      else kept[n * STATE_ROW + piece] = n < state ? from[n * s.channels + column] : 0.0f;
+    }
+  };
+  int base = 0;  // of the ring: the state before the chunk
+  prepare(chunks - 1, ring);
+
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     int i0 = chunk * CHUNK, count = min(CHUNK, length - i0), last = (count - 1) / STEP;
-    auto token = [&](int i) { return i0 + min(i, count - 1); };  // absent tokens read another, and count as zeros
-
-    // Every load below goes to a register of its own and is used after the whole batch has been asked for.
-    auto B_walk = walk(s, d, d.B, b, 0), C_walk = walk(s, d, d.C, b, 0);
-#pragma unroll 1
-    for (int e0 = threadIdx.x; e0 < CHUNK * STATES; e0 += 4 * WARPS * WARP) {
-      Raw<1> B[4], C[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        int e = e0 + j * WARPS * WARP, t = token(e / STATES), n = min(e % STATES, state - 1);
-        load(B[j], &B_walk.moved(t)[n]), load(C[j], &C_walk.moved(t)[n]);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        int e = e0 + j * WARPS * WARP, i = e / STATES, n = e % STATES;
-        bool there = i < count && n < state;
-        tile[n * COLUMN + i] = there ? B[j][0] : 0.0f;
-        tile[(STATES + n) * COLUMN + i] = there ? C[j][0] : 0.0f;
-      }
-    }
-#pragma unroll 1
-    for (int i1 = 0; i1 < CHUNK; i1 += 8) {
-      Raw<1> x[8], dt[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        int t = token(i1 + k);
-        load(x[k], &x_walk.moved(t)[0]), load(dt[k], &dt_walk.moved(t)[0]);
-      }
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        bool there = live && i1 + k < count;
-        float delta = there ? time_step(dt[k][0] + bias) : 0.0f;
-        rows[(i1 + k) * ROW + lane] = delta;
-        rows[(i1 + k) * ROW + WARP + lane] = there ? delta * x[k][0] : 0.0f;
-      }
-    }
+    copies_done();
     __syncthreads();
+    int next = base ? base - 1 : RING - 1;
+    if (chunk > 0) prepare(chunk - 1, ring + next * STATE_FLOATS);
 
-    Raw<1> raw_x[STEP], raw_dt[STEP], raw_dout[STEP], raw_z[STEP];  // of the step to come
-    float sum[STEP];
-    auto fetch_step = [&](int step) {
+    const io *x_at = stream + chunk % 2 * 4 * STREAM + lane, *BC = BC_stream + chunk % 2 * 2 * BC_STREAM;
+    const io *dt_at = x_at + STREAM, *dout_at = x_at + 2 * STREAM, *z_at = x_at + 3 * STREAM;
+#pragma unroll 4
+    for (int e = threadIdx.x; e < 2 * BC_STREAM; e += WARPS * WARP) {
+      int n = e % STATES, i = e / STATES % CHUNK;
+      tile[(n + e / BC_STREAM * STATES) * COLUMN + i] = i < count && n < state ? to_float(BC[e]) : 0.0f;
+    }
+#pragma unroll 8
+    for (int i = 0; i < CHUNK; ++i) {
+      bool there = live && i < count;
+      float delta = there ? time_step(to_float(dt_at[i * WARP]) + bias) : 0.0f;
+      rows[i * ROW + lane] = delta;
+      rows[i * ROW + WARP + lane] = there ? delta * to_float(x_at[i * WARP]) : 0.0f;
+    }
+    float sum[STEP] = {};  // of the step to come
+    auto fetch_sum = [&](int step) {
+      if (!writes_dz) return;
 #pragma unroll
-      for (int k = 0; k < STEP; ++k) {
-        int t = token(step * STEP + k);
-        load(raw_x[k], &x_walk.moved(t)[0]), load(raw_dt[k], &dt_walk.moved(t)[0]);
-        load(raw_dout[k], &dout_walk.moved(t)[0]);
-        if (gated) load(raw_z[k], &z_walk.moved(t)[0]);
-        if (writes_dz) sum[k] = sum_walk.moved(t)[0];
-      }
+      for (int k = 0; k < STEP; ++k) sum[k] = sum_walk.moved(i0 + min(step * STEP + k, count - 1))[0];
     };
-    fetch_step(last);
+    fetch_sum(last);
+    __syncthreads();
 
     float delta[STEP][V], delta_x[STEP][V];
     auto load_step = [&](int step) {
@@ -388,65 +408,55 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         load_quad(rows + (step * STEP + k) * ROW + WARP + lane - q, delta_x[k]);
       }
     };
-    auto load_kept = [&](float* to, int stride) {  // the state that the chunk starts from
-      const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
-#pragma unroll
-      for (int m = 0; m < S; ++m, from += 4 * s.channels)
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          to[(m * V + v) * stride] = c4 + v < channels && 4 * m + q < state ? from[v] : 0.0f;
+    // The state before a step: row 4 m + q, this lane's quad of channels.
+    auto state_at = [&](int step) {
+      int slot = base + step;
+      return ring + (slot < RING ? slot : slot - RING) * STATE_FLOATS + q * STATE_ROW + lane - q;
     };
 
-    float h[S * V];
-    load_kept(h, 1);
+    float h[S][V];
+#pragma unroll
+    for (int m = 0; m < S; ++m) load_quad(state_at(0) + 4 * m * STATE_ROW, h[m]);
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
       load_step(step);
+      float* after = state_at(step + 1);
 #pragma unroll
       for (int m = 0; m < S; ++m) {
         float B[STEP];
         load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
+        for (int v = 0; v < V; ++v)
 #pragma unroll
           for (int k = 0; k < STEP; ++k)
-            h[m * V + v] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[m * V + v], delta_x[k][v] * B[k]);
-          starts[step * START_FLOATS + (m * V + v) * WARP] = h[m * V + v];
-        }
+            h[m][v] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[m][v], delta_x[k][v] * B[k]);
+        store_quad(after + 4 * m * STATE_ROW, h[m]);
       }
     }
 
 #pragma unroll 1
     for (int step = last; step >= 0; --step) {
       int first = i0 + step * STEP, left = count - step * STEP;
-      float dy_own[STEP];
-      if (gated) {
-        auto dz_at = dz_walk.moved(first);
-#pragma unroll
-        for (int k = 0; k < STEP; ++k, dz_at.move(1)) {
-          float z = raw_z[k][0], sz = sigmoid(z), dout = raw_dout[k][0];
-          if (writes_dz && live && k < left) dz_at[0] = from_float(dout * silu_slope(z, sz) * sum[k]);
-          dy_own[k] = dout * (z * sz);
-        }
-      } else {
-#pragma unroll
-        for (int k = 0; k < STEP; ++k) dy_own[k] = raw_dout[k][0];
-      }
+      const io* own_x = x_at + step * STEP * WARP;
 #pragma unroll
       for (int k = 0; k < STEP; ++k) {
-        edge[k * EDGE] = live && k < left ? dy_own[k] : 0.0f;
-        edge[k * EDGE + WARP] = raw_x[k][0];
-        edge[k * EDGE + 2 * WARP] = SOFTPLUS ? sigmoid(raw_dt[k][0] + bias) : 1.0f;  // d Delta / d dt
+        int at = (step * STEP + k) * WARP;
+        float dy = to_float(dout_at[at]);
+        if (gated) {
+          float z = to_float(z_at[at]), sz = sigmoid(z);
+          if (writes_dz && live && k < left) dz_walk.moved(first + k)[0] = from_float(dy * silu_slope(z, sz) * sum[k]);
+          dy *= z * sz;
+        }
+        edge[k * EDGE] = live && k < left ? dy : 0.0f;
+        edge[k * EDGE + WARP] = SOFTPLUS ? sigmoid(to_float(dt_at[at]) + bias) : 1.0f;  // d Delta / d dt
       }
       __syncwarp();
-      if (step > 0) fetch_step(step - 1);
+      if (step > 0) fetch_sum(step - 1);
       float dy[STEP][V], sums[STEP][2 * V] = {};  // sums: s1 and s2 of each channel, side by side
 #pragma unroll
       for (int k = 0; k < STEP; ++k) load_quad(edge - q + k * EDGE, dy[k]);
       load_step(step);
-      const float* before = starts + max(step - 1, 0) * START_FLOATS;
-      if (step == 0)  // the room of the first start is free by now
-        load_kept(starts, WARP);
+      const float* before = state_at(step);
       __syncwarp();
       // The warp's dB and dC take the place of Delta x: value lane / 4 of dBC is dB of the step's tokens, then dC.
       float* dBC_out = rows + (step * STEP + lane / 4 % STEP) * ROW + WARP + lane / 16 * STATES + q;
@@ -454,19 +464,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
       for (int m = 0; m < S; ++m) {
         if (4 * m >= state) break;  // also keeps the compiler from mixing states, which costs registers
-        float B[STEP], C[STEP], dBC[2 * STEP] = {};
+        float B[STEP], C[STEP], dBC[2 * STEP] = {}, now[V];
         load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
         load_quad(tile + (STATES + 4 * m + q) * COLUMN + step * STEP, C);
+        load_quad(before + 4 * m * STATE_ROW, now);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           float decay[STEP], decayed[STEP];
-          float now = before[(m * V + v) * WARP];
 #pragma unroll
           for (int k = 0; k < STEP; ++k) {
             decay[k] = exp2_approx(delta[k][v] * A[v][m]);
-            decayed[k] = decay[k] * now;
-            now = fmaf(delta_x[k][v], B[k], decayed[k]);
-            dBC[STEP + k] = fmaf(dy[k][v], now, dBC[STEP + k]);
+            decayed[k] = decay[k] * now[v];
+            now[v] = fmaf(delta_x[k][v], B[k], decayed[k]);
+            dBC[STEP + k] = fmaf(dy[k][v], now[v], dBC[STEP + k]);
           }
 #pragma unroll
           for (int k = STEP - 1; k >= 0; --k) {
@@ -485,11 +495,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
       for (int k = 0; k < STEP; ++k, dx_at.move(1), ddt_at.move(1)) {
         scatter_sum<2 * V, 2, 1>(sums[k], lane);  // s1, s2 of this lane's channel; zeros of an absent token
-        float own_dy = edge[k * EDGE], x = edge[k * EDGE + WARP], own_delta = rows[(step * STEP + k) * ROW + lane];
-        float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + 2 * WARP];
+        float own_dy = edge[k * EDGE], x = to_float(own_x[k * WARP]), own_delta = rows[(step * STEP + k) * ROW + lane];
+        float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + WARP];
         float dx = fmaf(own_delta, sums[k][0], skips ? skip * own_dy : 0.0f);
-        if (live && k < left) dx_at[0] = from_float(dx);
-        if (live && k < left) ddt_at[0] = from_float(ddt);
+        if (live && k < left) dx_at[0] = from_float(dx), ddt_at[0] = from_float(ddt);
         dD = fmaf(own_dy, x, dD);
         dbias += ddt;
       }
@@ -503,20 +512,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
         float part[4];
-        load_quad(tile + TILE_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES), part);
+        load_quad(tile + BLOCK_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES), part);
 #pragma unroll
         for (int j = 0; j < 4; ++j) total[j] += part[j];
       }
       int t = d.reverse ? length - 1 - (i0 + i) : i0 + i;
       float* partial = e % (2 * STATES) < STATES ? d.dB : d.dC;
       partial += ((blockIdx.y * s.batch + b) * s.length + t) * s.state + n;
-      if (state % 4 == 0 && n < state) *(float4*)partial = {total[0], total[1], total[2], total[3]};
-      else
+      if (state % 4 == 0) {
+        if (n < state) store_quad(partial, total);
+      } else {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           if (n + j < state) partial[j] = total[j];
+      }
     }
-    __syncthreads();
+    base = next;
   }
 
 #pragma unroll

@@ -26,7 +26,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
 INSTALL = "pip install 'dis-ssm[cuda]'"
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
-CHUNK = 32  # tokens between two kept states; scan.cu's
+CHUNK, STEP = 16, 4  # tokens between two kept states, and of a backward step; scan.cu's
 MAX_PLANES = 10
 
 
@@ -388,8 +388,9 @@ FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lan
 def _scan(inputs: tuple, dt_softplus: bool, reverse: bool) -> tuple[_Call, Scan]:
     x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
     states = next(n for n in (16, 32, 64) if A.shape[1] <= n)
-    warps = backward_warps(states, *_shared_memory(x.device))
-    call = _Call("scan", x, STATES=states, WARPS=warps, SOFTPLUS=int(dt_softplus))
+    warps = backward_warps(states, x.itemsize, *_shared_memory(x.device))
+    softplus = int(dt_softplus)
+    call = _Call("scan", x, STATES=states, WARPS=warps, SOFTPLUS=softplus, ALIGNED=1)
     scan = Scan(*x.shape, A.shape[1], 1 if x_b is None else 2)
     for i in range(scan.directions):
         x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
@@ -402,21 +403,31 @@ def _scan(inputs: tuple, dt_softplus: bool, reverse: bool) -> tuple[_Call, Scan]
     return call, scan
 
 
-def backward_shared(states: int, warps: int) -> int:
-    """Bytes of shared memory of scan_backward (scan.cu: TILE_FLOATS, WARP_FLOATS)."""
-    step, row = 4, 32 + max(2 * states, 32) + 4
-    warp = CHUNK * row + step * 96 + (CHUNK // step - 1) * states * 32
-    return 4 * (2 * states * (CHUNK + 4) + warps * warp)
+def backward_shared(states: int, warps: int, io_bytes: int) -> int:
+    """Bytes of shared memory of scan_backward (scan.cu: BLOCK_FLOATS, WARP_FLOATS)."""
+    row, ring = 32 + max(2 * states, 32) + 4, CHUNK // STEP + 1
+    warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 40) + 8 * CHUNK * 32 * io_bytes
+    return 4 * 2 * states * (CHUNK + 4) + 4 * CHUNK * states * io_bytes + warps * warp
 
 
-def backward_warps(states: int, block_limit: int, sm_limit: int) -> int:
+def backward_warps(states: int, io_bytes: int, block_limit: int, sm_limit: int) -> int:
     """Warps of a block: as many as possible on an SM, at most 8 (registers), in large blocks."""
 
     def resident(warps):
-        shared = backward_shared(states, warps)
+        shared = backward_shared(states, warps, io_bytes)
         return 0 if shared > block_limit else min(sm_limit // (shared + 1024) * warps, 8)
 
     return max((4, 2, 1), key=resident)
+
+
+def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
+    """Whether every row that scan_backward copies begins and ends on a border of 16 bytes."""
+    directions = scan.direction[: scan.directions]
+    rows = [scan.z, scan.dout, *(getattr(d, n) for d in directions for n in ("x", "dt", "B", "C"))]
+    numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
+    return scan.state == states and all(
+        n % 16 == 0 for n in (*numbers, scan.channels * io_bytes)
+    )
 
 
 @functools.cache
@@ -505,7 +516,8 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
         direction.ddt_bias, ddt_bias = call.partial(rows, bias, torch.float32)
         grads[7 * i : 7 * i + 7] = dx, ddt, dA, dB, dC, dD, ddt_bias
     if length:
-        shared = backward_shared(size, warps)
+        call.macros["ALIGNED"] = int(_aligned(scan, size, call.io.itemsize))
+        shared = backward_shared(size, warps, call.io.itemsize)
         call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
     call.sum()
     return [
