@@ -140,7 +140,15 @@ def libraries(tmp_path_factory):
 @pytest.fixture
 def shim(libraries, monkeypatch):
     """Launches go to the shim, on an imagined GPU; memory that nothing wrote is NaN."""
-    state = type("Shim", (), {"order": 0, "launched": []})()
+    state = type("Shim", (), {"order": 0, "launched": [], "aligned": None})()
+    aligned = cuda._aligned
+
+    def as_asked(*arguments):
+        found = aligned(*arguments)
+        assert found or not state.aligned
+        return found if state.aligned is None else state.aligned
+
+    monkeypatch.setattr(cuda, "_aligned", as_asked)
 
     def launch(source, name, macros, grid, block, shared, arguments, device):
         library = libraries(source, macros)
@@ -232,6 +240,23 @@ def test_scan_equals_the_reference(shim, index, processors, run, assert_close, s
         inputs |= {n: inputs[n].abs() * 0.2 for n in ("dt", "dt_bias") if n in inputs}
     reverse = (index + bool(processors)) % 2 == 1
     check_scan(run, assert_close, inputs, reverse=reverse, softplus=softplus)
+
+
+@pytest.mark.parametrize("shape", [(2, 35, 40, 16), (1, 64, 136, 16), (1, 17, 8, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_borders_of_sixteen_bytes(shim, shape, dtype, run, bidirectional_inputs):
+    inputs = bidirectional_inputs(*shape, dtype=torch.float32)
+    inputs = {n: v.to(dtype) if v.ndim == 3 else v for n, v in inputs.items()}
+    g = upstream(inputs)
+    shim.aligned = True
+    _, copied = run_scan(inputs, g)
+    shim.aligned = False
+    _, loaded = run_scan(inputs, g)
+    assert all(torch.equal(copied[name], loaded[name]) for name in inputs)
+    _, truth = truth_of(run, inputs, g)
+    for name, grad in copied.items():
+        scale = truth[name].abs().max().item()
+        assert error(grad, truth[name]) <= (2e-5 if dtype is torch.float32 else 2e-2) * scale, name
 
 
 @pytest.mark.parametrize("processors", [0, 10**6], ids=["wide", "apart"])

@@ -126,17 +126,19 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
   auto x_at = walk(s, d, d.x, b, c0), dt_at = walk(s, d, d.dt, b, c0), z_at = walk(s, d, s.z, b, c0);
   auto sum_at = walk(s, d, sum_data, b, c0), sum_out = sum_at;
   auto out_at = walk(s, d, s.out, b, c0);
-  struct { io x[V], dt[V], z[V]; float sum[V]; } next[AHEAD] = {};
-  auto fetch = [&](int k, int i) {
-    if (i >= length) return;
+  Raw<1> next_x[AHEAD][V] = {}, next_dt[AHEAD][V] = {}, next_z[AHEAD][V] = {};
+  float next_sum[AHEAD][V] = {};
+  auto fetch = [&](int k, int i) {  // of the last token again behind the end: what nobody needs costs less than a branch
+    int t = min(i, length - 1);
+    auto x = x_at.moved(t), dt = dt_at.moved(t), z = z_at.moved(t);
+    auto sum = sum_at.moved(t);
 #pragma unroll
     for (int v = 0; v < V; ++v)
       if (live[v]) {
-        next[k].x[v] = x_at[v * CHANNELS], next[k].dt[v] = dt_at[v * CHANNELS];
-        if (gated) next[k].z[v] = z_at[v * CHANNELS];
-        if (ADD) next[k].sum[v] = sum_at[v * CHANNELS];
+        load(next_x[k][v], &x[v * CHANNELS]), load(next_dt[k][v], &dt[v * CHANNELS]);
+        if (gated) load(next_z[k][v], &z[v * CHANNELS]);
+        if (ADD) next_sum[k][v] = sum[v * CHANNELS];
       }
-    x_at.move(1), dt_at.move(1), z_at.move(1), sum_at.move(1);
   };
   auto B_at = walk(s, d, d.B, b, own_n).moved(own_i), C_at = walk(s, d, d.C, b, own_n).moved(own_i);
   float incoming[2 * PASSES];
@@ -182,19 +184,19 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
     for (int i = i0; i < end; i += AHEAD) {
 #pragma unroll
       for (int k = 0; k < AHEAD; ++k, row += ROW) {
-        if (i + k >= end) break;
-        auto now = next[k];
-        fetch(k, i + k + AHEAD);
-        float delta[V], delta_x[V], parts[V][S / 4], y[V];
+        bool there = i + k < end;
+        float delta[V], delta_x[V], parts[V][S / 4], y[V], z[V], sum[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          float x = to_float(now.x[v]);
-          delta[v] = time_step(to_float(now.dt[v]) + bias[v]);
+          float x = next_x[k][v][0];
+          z[v] = next_z[k][v][0], sum[v] = next_sum[k][v];
+          delta[v] = time_step(next_dt[k][v][0] + bias[v]);
           delta_x[v] = delta[v] * x;
           parts[v][0] = skips && q == 0 ? skip[v] * x : 0.0f;
 #pragma unroll
           for (int p = 1; p < S / 4; ++p) parts[v][p] = 0.0f;
         }
+        fetch(k, i + k + AHEAD);
 #pragma unroll
         for (int n = 0; n < S; n += 4) {
           float4 B4 = quad(row + n), C4 = quad(row + STATES + n);
@@ -215,22 +217,19 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
             for (int p = 0; p < S / 4; ++p) scatter_sum<1, LANES / 2, 1>(&parts[v][p], q);
           if constexpr (S == 4) y[v] = parts[v][0];
           else y[v] = (parts[v][0] + parts[v][2]) + (parts[v][1] + parts[v][3]);
-          if (ADD) y[v] += now.sum[v];
+          if (ADD) y[v] += sum[v];
         }
         if (store_sum)
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            if (live[v] && q == 0) sum_out[v * CHANNELS] = y[v];
+            if (live[v] && q == 0 && there) sum_out[v * CHANNELS] = y[v];
         if (FINISH) {
           if (gated)
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              float z = to_float(now.z[v]);
-              y[v] *= z * sigmoid(z);
-            }
+            for (int v = 0; v < V; ++v) y[v] *= z[v] * sigmoid(z[v]);
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            if (live[v] && q == 0) out_at[v * CHANNELS] = from_float(y[v]);
+            if (live[v] && q == 0 && there) out_at[v * CHANNELS] = from_float(y[v]);
         }
         sum_out.move(1), out_at.move(1);
       }
@@ -384,12 +383,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
       int n = e % STATES, i = e / STATES % CHUNK;
       tile[(n + e / BC_STREAM * STATES) * COLUMN + i] = i < count && n < state ? to_float(BC[e]) : 0.0f;
     }
-#pragma unroll 8
-    for (int i = 0; i < CHUNK; ++i) {
-      bool there = live && i < count;
-      float delta = there ? time_step(to_float(dt_at[i * WARP]) + bias) : 0.0f;
-      rows[i * ROW + lane] = delta;
-      rows[i * ROW + WARP + lane] = there ? delta * to_float(x_at[i * WARP]) : 0.0f;
+    // Loads, sums and stores apart: the compiler moves no load across a store to shared memory.
+#pragma unroll 1
+    for (int i1 = 0; i1 < CHUNK; i1 += CHUNK / 2) {
+      Raw<1> x[CHUNK / 2], dt[CHUNK / 2];
+      float step_of[CHUNK / 2];
+#pragma unroll
+      for (int k = 0; k < CHUNK / 2; ++k) load(x[k], x_at + (i1 + k) * WARP), load(dt[k], dt_at + (i1 + k) * WARP);
+#pragma unroll
+      for (int k = 0; k < CHUNK / 2; ++k) step_of[k] = time_step(dt[k][0] + bias);
+#pragma unroll
+      for (int k = 0; k < CHUNK / 2; ++k) {
+        bool there = live && i1 + k < count;
+        rows[(i1 + k) * ROW + lane] = there ? step_of[k] : 0.0f;
+        rows[(i1 + k) * ROW + WARP + lane] = there ? step_of[k] * x[k][0] : 0.0f;
+      }
     }
     float sum[STEP] = {};  // of the step to come
     auto fetch_sum = [&](int step) {
@@ -438,17 +446,38 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
     for (int step = last; step >= 0; --step) {
       int first = i0 + step * STEP, left = count - step * STEP;
       const io* own_x = x_at + step * STEP * WARP;
+      Raw<1> raw_dout[STEP], raw_dt[STEP], raw_z[STEP] = {};
+      float own_dy[STEP], slope[STEP];  // slope: d Delta / d dt
 #pragma unroll
       for (int k = 0; k < STEP; ++k) {
         int at = (step * STEP + k) * WARP;
-        float dy = to_float(dout_at[at]);
-        if (gated) {
-          float z = to_float(z_at[at]), sz = sigmoid(z);
-          if (writes_dz && live && k < left) dz_walk.moved(first + k)[0] = from_float(dy * silu_slope(z, sz) * sum[k]);
-          dy *= z * sz;
+        load(raw_dout[k], dout_at + at), load(raw_dt[k], dt_at + at);
+        if (gated) load(raw_z[k], z_at + at);
+      }
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) {
+        own_dy[k] = raw_dout[k][0];
+        slope[k] = SOFTPLUS ? sigmoid(raw_dt[k][0] + bias) : 1.0f;
+      }
+      if (gated) {
+        float dz[STEP];
+#pragma unroll
+        for (int k = 0; k < STEP; ++k) {
+          float z = raw_z[k][0], sz = sigmoid(z);
+          dz[k] = own_dy[k] * silu_slope(z, sz) * sum[k];
+          own_dy[k] *= z * sz;
         }
-        edge[k * EDGE] = live && k < left ? dy : 0.0f;
-        edge[k * EDGE + WARP] = SOFTPLUS ? sigmoid(to_float(dt_at[at]) + bias) : 1.0f;  // d Delta / d dt
+        if (writes_dz) {
+          auto dz_at = dz_walk.moved(first);
+#pragma unroll
+          for (int k = 0; k < STEP; ++k, dz_at.move(1))
+            if (live && k < left) dz_at[0] = from_float(dz[k]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) {
+        edge[k * EDGE] = live && k < left ? own_dy[k] : 0.0f;
+        edge[k * EDGE + WARP] = slope[k];
       }
       __syncwarp();
       if (step > 0) fetch_sum(step - 1);
@@ -495,11 +524,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
       for (int k = 0; k < STEP; ++k, dx_at.move(1), ddt_at.move(1)) {
         scatter_sum<2 * V, 2, 1>(sums[k], lane);  // s1, s2 of this lane's channel; zeros of an absent token
-        float own_dy = edge[k * EDGE], x = to_float(own_x[k * WARP]), own_delta = rows[(step * STEP + k) * ROW + lane];
+        float dy_now = edge[k * EDGE], x = to_float(own_x[k * WARP]), own_delta = rows[(step * STEP + k) * ROW + lane];
         float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + WARP];
-        float dx = fmaf(own_delta, sums[k][0], skips ? skip * own_dy : 0.0f);
+        float dx = fmaf(own_delta, sums[k][0], skips ? skip * dy_now : 0.0f);
         if (live && k < left) dx_at[0] = from_float(dx), ddt_at[0] = from_float(ddt);
-        dD = fmaf(own_dy, x, dD);
+        dD = fmaf(dy_now, x, dD);
         dbias += ddt;
       }
     }
