@@ -17,7 +17,7 @@ import torch
 
 from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
 from dis_ssm.ops.conv import causal_conv1d_reference
-from nvrtc_compile import resources
+from nvrtc_compile import conv_macros, resources, scan_macros
 
 SHIM = os.path.join(os.path.dirname(__file__), "cuda_shim")
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
@@ -49,7 +49,7 @@ def nvrtc():
 )
 def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
     report = io.StringIO()
-    macros = {"IO": cuda.IO_TYPES[dtype], "STATES": 16, "WARPS": 4, "SOFTPLUS": 1, "ALIGNED": 1}
+    macros = scan_macros(cuda.IO_TYPES[dtype])
     cubin = cuda.compile_cubin("scan", arch, macros, report)
     assert cubin[:4] == b"\x7fELF"
     found = resources(report.getvalue())
@@ -65,7 +65,7 @@ def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
 def test_convolutions_compile_without_a_spill(nvrtc, arch):
     for width in (1, 4):
         report = io.StringIO()
-        cuda.compile_cubin("conv", arch, {"IO": 2, "K": width, "EACH": 2, "PAST": 1, "FUTURE": 1, "SILU": 1}, report)
+        cuda.compile_cubin("conv", arch, conv_macros(2, width), report)
         found = resources(report.getvalue())
         assert set(found) == {"conv_forward", "conv_backward", "sum_partials"}
         assert all(spill == 0 for _, spill in found.values()), found
@@ -76,7 +76,7 @@ def test_the_cubin_cache_survives_damage(nvrtc, tmp_path, monkeypatch):
     compiled = []
     compile_cubin = cuda.compile_cubin
     monkeypatch.setattr(cuda, "compile_cubin", lambda *a: compiled.append(a) or compile_cubin(*a))
-    macros = {"IO": 2, "K": 4}
+    macros = conv_macros(2)
     cubin = cuda.cached_cubin("conv", "sm_90", macros)
     assert cuda.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 1
     (path,) = tmp_path.iterdir()
@@ -85,13 +85,13 @@ def test_the_cubin_cache_survives_damage(nvrtc, tmp_path, monkeypatch):
     assert cuda.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 2
     assert path.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
     cuda.cached_cubin("conv", "sm_80", macros)
-    cuda.cached_cubin("conv", "sm_90", {"IO": 1, "K": 4})
+    cuda.cached_cubin("conv", "sm_90", conv_macros(1))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_broken_source_says_why(nvrtc):
     with pytest.raises(cuda.BackendError, match=r"conv\.cu for sm_90.*error"):
-        cuda.compile_cubin("conv", "sm_90", {"IO": 2, "K": "nothing"})
+        cuda.compile_cubin("conv", "sm_90", conv_macros(2, "nothing"))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ __device__ __forceinline__ void store(io* p, const float (&v)[2]) {
 }
 #endif
 
-struct Rows {  // (batch, length, channels) whose last stride is 1; strides in bytes
+struct Rows {  // (batch, length, channels) whose last stride is 1; strides in bytes, that of a row below 2^31
   const char* data;
   int64 batch_stride, row_stride;
   __device__ __forceinline__ const io* at(int64 b, int t) const {

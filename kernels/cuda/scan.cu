@@ -6,7 +6,8 @@
 // Everything is channels-last. A thread keeps the states of its channels in registers and walks the tokens;
 // B and C of a tile of tokens lie in shared memory and are read by broadcast. The reverse direction is index
 // arithmetic. Nothing is atomic: every sum has a fixed order. STATES (16, 32 or 64; N is padded with zeros), WARPS
-// (of a backward block), SOFTPLUS and IO are set on the command line.
+// (of a backward block), SOFTPLUS, GATED (there is a z), SKIPS (a D), KEEPS (states are kept), FULL (every block has
+// all its channels), ALIGNED (see copy_chunk) and IO are set on the command line.
 // Letters: b batch, t token in memory, i token in scan order, c channel, n state.
 #include "common.cuh"
 
@@ -40,12 +41,12 @@ struct Scan {
 template <class T>
 struct Walk {
   char* at;
-  int64 step;  // in bytes
+  int step;  // in bytes
   __device__ __forceinline__ Walk(const Scan& s, const Direction& d, const void* data, int64 row_stride, int c)
       : at((char*)data + (d.reverse ? (s.length - 1) * row_stride : 0) + c * (int64)sizeof(T)),
-        step(d.reverse ? -row_stride : row_stride) {}
+        step(d.reverse ? -(int)row_stride : (int)row_stride) {}
   __device__ __forceinline__ T& operator[](int c) const { return ((T*)at)[c]; }
-  __device__ __forceinline__ void move(int tokens) { at += tokens * step; }
+  __device__ __forceinline__ void move(int tokens) { at += (int64)tokens * step; }
   __device__ __forceinline__ Walk moved(int tokens) const {
     Walk w = *this;
     w.move(tokens);
@@ -67,7 +68,7 @@ __device__ __forceinline__ float time_step(float v) { return SOFTPLUS ? softplus
 __device__ __forceinline__ float optional(const float* p, int c) { return p ? p[c] : 0.0f; }
 
 __device__ __forceinline__ float scaled_A(const Scan& s, const Direction& d, int c, int n) {
-  float A = c < s.channels && n < s.state ? d.A[(int64)c * s.state + n] * LOG2E : 0.0f;
+  float A = (FULL || c < s.channels) && n < s.state ? d.A[(int64)c * s.state + n] * LOG2E : 0.0f;
   return A < -3e38f ? -3e38f : A;  // finite, so that an absent token, whose Delta is 0, has decay 1
 }
 
@@ -94,14 +95,13 @@ __device__ __forceinline__ void scatter_sum(float* v, int lane) {
 
 constexpr int TILE = 8;       // tokens of B and C in shared memory, twice
 constexpr int THREADS = 64;   // of a forward block
-constexpr int AHEAD = 2;      // tokens of x and dt fetched in advance
-static_assert(CHUNK % TILE == 0 && TILE % AHEAD == 0 && THREADS % STATES == 0);
+static_assert(CHUNK % TILE == 0 && THREADS % STATES == 0);
 
-// S states of V channels a thread; STATES / S neighbouring lanes share their channels. The block covers
+// S states of V channels a thread, AHEAD tokens of x and dt fetched in advance; STATES / S neighbouring lanes share their channels. The block covers
 // V * THREADS * S / STATES channels. It adds y to the sum that it finds (ADD), and finishes the sum with the gate or
 // leaves it to another (FINISH). Absent channels compute on zeros. C . h is summed in fours of states and then as the
 // butterfly does, so that y does not depend on S.
-template <int S, int V, bool ADD, bool FINISH>
+template <int S, int V, int AHEAD, bool ADD, bool FINISH>
 __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float* sum_data) {
   constexpr int LANES = STATES / S, CHANNELS = THREADS / LANES, ROW = 2 * STATES;
   constexpr int PASS = THREADS / STATES, PASSES = TILE / PASS;  // tokens of B and of C that the block fetches at once
@@ -110,13 +110,13 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
   int q = threadIdx.x % LANES, c0 = blockIdx.y * (V * CHANNELS) + threadIdx.x / LANES;
   int own_n = threadIdx.x % STATES, own_i = threadIdx.x / STATES;
   int length = s.length;
-  bool gated = FINISH && s.z.data, skips = d.D, store_sum = !FINISH || (gated && d.states);
+  constexpr bool gated = FINISH && GATED, store_sum = !FINISH || (gated && KEEPS);
   float A[V][S], h[V][S], skip[V], bias[V];
   bool live[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     int c = c0 + v * CHANNELS;
-    live[v] = c < s.channels;
+    live[v] = FULL || c < s.channels;
     skip[v] = live[v] ? optional(d.D, c) : 0.0f;
     bias[v] = live[v] ? optional(d.dt_bias, c) : 0.0f;
 #pragma unroll
@@ -171,7 +171,7 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
     fetch_tile((tile + 1) * TILE);
     const float* row = tiles + tile % 2 * (TILE * ROW) + q * S;
     int i0 = tile * TILE, end = min(i0 + TILE, length);
-    if (d.states && i0 % CHUNK == 0) {
+    if (KEEPS && i0 % CHUNK == 0) {
       float* to = kept;
 #pragma unroll
       for (int n = 0; n < S; ++n, to += s.channels)
@@ -192,7 +192,7 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
           z[v] = next_z[k][v][0], sum[v] = next_sum[k][v];
           delta[v] = time_step(next_dt[k][v][0] + bias[v]);
           delta_x[v] = delta[v] * x;
-          parts[v][0] = skips && q == 0 ? skip[v] * x : 0.0f;
+          parts[v][0] = SKIPS && q == 0 ? skip[v] * x : 0.0f;
 #pragma unroll
           for (int p = 1; p < S / 4; ++p) parts[v][p] = 0.0f;
         }
@@ -241,20 +241,20 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
 constexpr int BLOCKS = STATES == 16 ? 6 : 4;  // on a multiprocessor
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const __grid_constant__ Scan s) {
-  forward<16, 2, false, true>(s, s.direction[0], s.pregate);
+  forward<16, 2, 2, false, true>(s, s.direction[0], s.pregate);
 }
 
 // One direction after the other; a thread picks up its own sum.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward_both(const __grid_constant__ Scan s) {
-  forward<16, 2, false, false>(s, s.direction[0], s.pregate);
-  forward<16, 2, true, true>(s, s.direction[1], s.pregate);
+  forward<16, 2, 2, false, false>(s, s.direction[0], s.pregate);
+  forward<16, 2, 2, true, true>(s, s.direction[1], s.pregate);
 }
 
 // For few channels and batch rows: a channel over STATES / 4 lanes. Two directions have their own blocks, and leave
 // y to scan_combine.
 extern "C" __global__ void __launch_bounds__(THREADS) scan_forward_apart(const __grid_constant__ Scan s) {
-  if (s.directions == 1) forward<4, 1, false, true>(s, s.direction[0], s.pregate);
-  else forward<4, 1, false, false>(s, s.direction[blockIdx.z], s.y + blockIdx.z * s.batch * s.length * s.channels);
+  if (s.directions == 1) forward<4, 1, 4, false, true>(s, s.direction[0], s.pregate);
+  else forward<4, 1, 4, false, false>(s, s.direction[blockIdx.z], s.y + blockIdx.z * s.batch * s.length * s.channels);
 }
 
 extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
@@ -304,6 +304,8 @@ __device__ __forceinline__ void load_quad(const float* p, float (&v)[4]) {
 
 __device__ __forceinline__ void store_quad(float* p, const float (&v)[4]) { *(float4*)p = {v[0], v[1], v[2], v[3]}; }
 
+constexpr int AT_ONCE = ALIGNED ? 32 : 4;  // copies; loads need registers
+
 // Copies CHUNK tokens of COLUMNS channels from channel c0 on; absent tokens and channels read others of the same rows.
 // Part `part` of `parts` threads takes its share. ALIGNED: rows begin and end on borders of 16 bytes.
 template <int COLUMNS>
@@ -312,7 +314,7 @@ __device__ __forceinline__ void copy_chunk(io* to, const Scan& s, const Directio
   int last = min(i0 + CHUNK, (int)s.length) - 1;
   constexpr int EACH = ALIGNED ? 16 / sizeof(io) : 1, PIECES = COLUMNS / EACH;
   auto at = walk(s, d, rows, b, 0);
-#pragma unroll
+#pragma unroll AT_ONCE
   for (int e = 0; e < CHUNK * PIECES; e += parts) {
     int i = (e + part) / PIECES, piece = (e + part) % PIECES * EACH;
     if (CHUNK * PIECES % parts && e + part >= CHUNK * PIECES) break;
@@ -335,11 +337,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
   int64 b = blockIdx.x;
   int c = blockIdx.y * (WARPS * WARP) + threadIdx.x, c4 = c - q;  // lane = channel; first of the quad
   int length = s.length, channels = s.channels, state = s.state, chunks = (length + CHUNK - 1) / CHUNK;
-  bool live = c < channels;
+  bool live = FULL || c < channels;
   int near = live ? c : channels - 1;
   auto dx_walk = walk(s, d, d.dx, b, near), ddt_walk = walk(s, d, d.ddt, b, near), dz_walk = walk(s, d, s.dz, b, near);
   auto sum_walk = walk(s, d, s.pregate, b, near);
-  bool gated = s.z.data, writes_dz = gated && blockIdx.z == 0, skips = d.D;
+  bool writes_dz = GATED && blockIdx.z == 0;
   float bias = optional(d.dt_bias, near), skip = optional(d.D, near);
   float dD = 0.0f, dbias = 0.0f;
   float A[V][S], carry[V][S], dA[V][S];
@@ -354,12 +356,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
     copy_chunk<WARP>(to, s, d, d.x, b, c0, channels, i0, lane, WARP);
     copy_chunk<WARP>(to + STREAM, s, d, d.dt, b, c0, channels, i0, lane, WARP);
     copy_chunk<WARP>(to + 2 * STREAM, s, d, s.dout, b, c0, channels, i0, lane, WARP);
-    if (gated) copy_chunk<WARP>(to + 3 * STREAM, s, d, s.z, b, c0, channels, i0, lane, WARP);
+    if (GATED) copy_chunk<WARP>(to + 3 * STREAM, s, d, s.z, b, c0, channels, i0, lane, WARP);
     copy_chunk<STATES>(BC, s, d, d.B, b, 0, state, i0, threadIdx.x, WARPS * WARP);
     copy_chunk<STATES>(BC + BC_STREAM, s, d, d.C, b, 0, state, i0, threadIdx.x, WARPS * WARP);
     const float* from = d.states + (b * chunks + chunk) * state * s.channels;
     constexpr int EACH = ALIGNED ? 4 : 1, PIECES = WARP / EACH;
-#pragma unroll
+#pragma unroll AT_ONCE
     for (int e = 0; e < STATES * PIECES; e += WARP) {
       int n = (e + lane) / PIECES, piece = (e + lane) % PIECES * EACH, column = min(c0 + piece, channels - EACH);
       if (ALIGNED) copy_async(kept + n * STATE_ROW + piece, from + n * s.channels + column);
@@ -452,14 +454,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
       for (int k = 0; k < STEP; ++k) {
         int at = (step * STEP + k) * WARP;
         load(raw_dout[k], dout_at + at), load(raw_dt[k], dt_at + at);
-        if (gated) load(raw_z[k], z_at + at);
+        if (GATED) load(raw_z[k], z_at + at);
       }
 #pragma unroll
       for (int k = 0; k < STEP; ++k) {
         own_dy[k] = raw_dout[k][0];
         slope[k] = SOFTPLUS ? sigmoid(raw_dt[k][0] + bias) : 1.0f;
       }
-      if (gated) {
+      if (GATED) {
         float dz[STEP];
 #pragma unroll
         for (int k = 0; k < STEP; ++k) {
@@ -526,7 +528,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         scatter_sum<2 * V, 2, 1>(sums[k], lane);  // s1, s2 of this lane's channel; zeros of an absent token
         float dy_now = edge[k * EDGE], x = to_float(own_x[k * WARP]), own_delta = rows[(step * STEP + k) * ROW + lane];
         float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + WARP];
-        float dx = fmaf(own_delta, sums[k][0], skips ? skip * dy_now : 0.0f);
+        float dx = fmaf(own_delta, sums[k][0], SKIPS ? skip * dy_now : 0.0f);
         if (live && k < left) dx_at[0] = from_float(dx), ddt_at[0] = from_float(ddt);
         dD = fmaf(dy_now, x, dD);
         dbias += ddt;

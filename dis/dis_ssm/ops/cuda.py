@@ -340,7 +340,7 @@ class _Call:
             return Rows(None, 0, 0)
         x = x.to(self.io)
         size = x.element_size()
-        if not (x.stride(-1) == 1 or x.shape[-1] == 1):
+        if not (x.stride(-1) == 1 or x.shape[-1] == 1) or x.stride(1) * size >= 2**31:
             x = x.contiguous()
         self.keep.append(x)
         return Rows(x.data_ptr(), x.stride(0) * size, x.stride(1) * size)
@@ -382,15 +382,24 @@ class _Call:
 # ---- the scan --------------------------------------------------------------------------------
 
 FORWARD_THREADS, FORWARD_TILE = 64, 8  # scan.cu's
+FULL = 128  # channels: a multiple of those of any block
 FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lanes
 
 
-def _scan(inputs: tuple, dt_softplus: bool, reverse: bool) -> tuple[_Call, Scan]:
+def _scan(inputs: tuple, dt_softplus: bool, reverse: bool, keeps: bool) -> tuple[_Call, Scan]:
     x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
     states = next(n for n in (16, 32, 64) if A.shape[1] <= n)
     warps = backward_warps(states, x.itemsize, *_shared_memory(x.device))
-    softplus = int(dt_softplus)
-    call = _Call("scan", x, STATES=states, WARPS=warps, SOFTPLUS=softplus, ALIGNED=1)
+    known = {
+        "SOFTPLUS": dt_softplus,
+        "GATED": z is not None,
+        "SKIPS": inputs[5] is not None or inputs[12] is not None,
+        "KEEPS": keeps,
+        "FULL": x.shape[2] % FULL == 0,
+        "ALIGNED": True,
+    }
+    known = {name: int(value) for name, value in known.items()}
+    call = _Call("scan", x, STATES=states, WARPS=warps, **known)
     scan = Scan(*x.shape, A.shape[1], 1 if x_b is None else 2)
     for i in range(scan.directions):
         x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
@@ -425,9 +434,7 @@ def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
     directions = scan.direction[: scan.directions]
     rows = [scan.z, scan.dout, *(getattr(d, n) for d in directions for n in ("x", "dt", "B", "C"))]
     numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
-    return scan.state == states and all(
-        n % 16 == 0 for n in (*numbers, scan.channels * io_bytes)
-    )
+    return scan.state == states and all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
 
 
 @functools.cache
@@ -455,7 +462,7 @@ def _processors(device: torch.device) -> int:
 def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """``dis_ssm::scan`` on a GPU: same arguments and results as ``scan_op``."""
     *inputs, dt_softplus, reverse, save = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse)
+    call, scan = _scan(tuple(inputs), dt_softplus, reverse, save)
     x, z, two = inputs[0], inputs[14], scan.directions == 2
     batch, length, channels = x.shape
     states = call.macros["STATES"]
@@ -491,7 +498,7 @@ def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> list[Tensor]:
     """``dis_ssm::scan_backward`` on a GPU: same arguments and results as ``scan_backward_op``."""
     *inputs, dt_softplus, reverse = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse)
+    call, scan = _scan(tuple(inputs), dt_softplus, reverse, True)
     x, z = inputs[0], inputs[14]
     batch, length, channels = x.shape
     warps, size = call.macros["WARPS"], call.macros["STATES"]
