@@ -13,6 +13,18 @@ import sys
 from pathlib import Path
 
 
+def scan_macros(io, states=16, warps=4, **changes):
+    """Of scan.cu, as a model that trains sets them."""
+    names = ("SOFTPLUS", "GATED", "SKIPS", "KEEPS", "FULL", "ALIGNED")
+    return {"IO": io, "STATES": states, "WARPS": warps} | dict.fromkeys(names, 1) | changes
+
+
+def conv_macros(io, width=4, **changes):
+    """Of conv.cu, as a model sets them."""
+    names = ("SILU", "PAST", "FUTURE")
+    return {"IO": io, "K": width, "EACH": 2} | dict.fromkeys(names, 1) | changes
+
+
 def load(path):
     """The library, with its built-ins, which it would look for on the library path only."""
     for builtins in Path(path).parent.glob("libnvrtc-builtins.so*"):

@@ -17,7 +17,7 @@ import torch
 
 from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
 from dis_ssm.ops.conv import causal_conv1d_reference
-from nvrtc_compile import resources
+from nvrtc_compile import conv_macros, resources, scan_macros
 
 SHIM = os.path.join(os.path.dirname(__file__), "cuda_shim")
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
@@ -49,13 +49,13 @@ def nvrtc():
 )
 def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
     report = io.StringIO()
-    macros = {"IO": cuda.IO_TYPES[dtype], "STATES": 16, "WARPS": 4, "SOFTPLUS": 1}
+    macros = scan_macros(cuda.IO_TYPES[dtype])
     cubin = cuda.compile_cubin("scan", arch, macros, report)
     assert cubin[:4] == b"\x7fELF"
     found = resources(report.getvalue())
     forward = {"scan_forward", "scan_forward_both", "scan_forward_apart", "scan_combine"}
     assert set(found) == {*forward, "scan_backward", "sum_partials"}
-    print(arch, dtype, found, "shared", cuda.backward_shared(16, 4))
+    print(arch, dtype, found, "shared", cuda.backward_shared(16, 4, dtype.itemsize))
     assert {name: spill for name, (_, spill) in found.items() if spill} == {}
     # 6 blocks of 64 threads and 8 warps are what the launch counts on.
     assert found["scan_forward"][0] <= 65536 // (6 * 64)
@@ -65,7 +65,7 @@ def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
 def test_convolutions_compile_without_a_spill(nvrtc, arch):
     for width in (1, 4):
         report = io.StringIO()
-        cuda.compile_cubin("conv", arch, {"IO": 2, "K": width}, report)
+        cuda.compile_cubin("conv", arch, conv_macros(2, width), report)
         found = resources(report.getvalue())
         assert set(found) == {"conv_forward", "conv_backward", "sum_partials"}
         assert all(spill == 0 for _, spill in found.values()), found
@@ -76,7 +76,7 @@ def test_the_cubin_cache_survives_damage(nvrtc, tmp_path, monkeypatch):
     compiled = []
     compile_cubin = cuda.compile_cubin
     monkeypatch.setattr(cuda, "compile_cubin", lambda *a: compiled.append(a) or compile_cubin(*a))
-    macros = {"IO": 2, "K": 4}
+    macros = conv_macros(2)
     cubin = cuda.cached_cubin("conv", "sm_90", macros)
     assert cuda.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 1
     (path,) = tmp_path.iterdir()
@@ -85,23 +85,23 @@ def test_the_cubin_cache_survives_damage(nvrtc, tmp_path, monkeypatch):
     assert cuda.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 2
     assert path.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
     cuda.cached_cubin("conv", "sm_80", macros)
-    cuda.cached_cubin("conv", "sm_90", {"IO": 1, "K": 4})
+    cuda.cached_cubin("conv", "sm_90", conv_macros(1))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_broken_source_says_why(nvrtc):
     with pytest.raises(cuda.BackendError, match=r"conv\.cu for sm_90.*error"):
-        cuda.compile_cubin("conv", "sm_90", {"IO": 2, "K": "nothing"})
+        cuda.compile_cubin("conv", "sm_90", conv_macros(2, "nothing"))
 
 
 @pytest.mark.parametrize(
     "block, sm, states, warps",
-    [(227, 228, 16, 4), (163, 164, 16, 2), (99, 100, 16, 1), (99, 100, 32, 2), (99, 100, 64, 1)],
+    [(227, 228, 16, 4), (163, 164, 16, 1), (99, 100, 16, 1), (99, 100, 32, 2), (99, 100, 64, 1)],
 )
 def test_blocks_fit_the_shared_memory(block, sm, states, warps):
     limits = block * 1024, sm * 1024
-    assert cuda.backward_warps(states, *limits) == warps
-    assert cuda.backward_shared(states, warps) <= limits[0]
+    assert cuda.backward_warps(states, 2, *limits) == warps
+    assert cuda.backward_shared(states, warps, 2) <= limits[0]
 
 
 # ---- the kernels on the CPU ------------------------------------------------------------------
@@ -140,7 +140,15 @@ def libraries(tmp_path_factory):
 @pytest.fixture
 def shim(libraries, monkeypatch):
     """Launches go to the shim, on an imagined GPU; memory that nothing wrote is NaN."""
-    state = type("Shim", (), {"order": 0, "launched": []})()
+    state = type("Shim", (), {"order": 0, "launched": [], "aligned": None})()
+    aligned = cuda._aligned
+
+    def as_asked(*arguments):
+        found = aligned(*arguments)
+        assert found or not state.aligned
+        return found if state.aligned is None else state.aligned
+
+    monkeypatch.setattr(cuda, "_aligned", as_asked)
 
     def launch(source, name, macros, grid, block, shared, arguments, device):
         library = libraries(source, macros)
@@ -232,6 +240,23 @@ def test_scan_equals_the_reference(shim, index, processors, run, assert_close, s
         inputs |= {n: inputs[n].abs() * 0.2 for n in ("dt", "dt_bias") if n in inputs}
     reverse = (index + bool(processors)) % 2 == 1
     check_scan(run, assert_close, inputs, reverse=reverse, softplus=softplus)
+
+
+@pytest.mark.parametrize("shape", [(2, 35, 40, 16), (1, 64, 136, 16), (1, 17, 8, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_borders_of_sixteen_bytes(shim, shape, dtype, run, bidirectional_inputs):
+    inputs = bidirectional_inputs(*shape, dtype=torch.float32)
+    inputs = {n: v.to(dtype) if v.ndim == 3 else v for n, v in inputs.items()}
+    g = upstream(inputs)
+    shim.aligned = True
+    _, copied = run_scan(inputs, g)
+    shim.aligned = False
+    _, loaded = run_scan(inputs, g)
+    assert all(torch.equal(copied[name], loaded[name]) for name in inputs)
+    _, truth = truth_of(run, inputs, g)
+    for name, grad in copied.items():
+        scale = truth[name].abs().max().item()
+        assert error(grad, truth[name]) <= (2e-5 if dtype is torch.float32 else 2e-2) * scale, name
 
 
 @pytest.mark.parametrize("processors", [0, 10**6], ids=["wide", "apart"])

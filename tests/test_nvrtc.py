@@ -13,6 +13,7 @@ import pytest
 
 import nvrtc_compile
 from dis_ssm.ops.cuda import IO_TYPES, SOURCES
+from nvrtc_compile import conv_macros, scan_macros
 
 VERSIONS = [(12, 8), (13, 0)]
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
@@ -21,14 +22,12 @@ BF16 = next(number for dtype, number in IO_TYPES.items() if "bfloat16" in str(dt
 FORWARD_REGISTERS = 65536 // (6 * 64)  # 6 blocks of 64 threads are what the launch counts on
 
 
-def scan(io=BF16, states=16, warps=4):
-    return {"IO": io, "STATES": states, "WARPS": warps, "SOFTPLUS": 1}
-
-
 CASES = [
-    *(["scan", arch, scan()] for arch in ARCHITECTURES),
-    *(["conv", arch, {"IO": BF16, "K": 4}] for arch in ARCHITECTURES),
-    *(["scan", "sm_90", scan(io)] for io in IO_TYPES.values() if io != BF16),
+    *(["scan", arch, scan_macros(BF16)] for arch in ARCHITECTURES),
+    *(["conv", arch, conv_macros(BF16)] for arch in ARCHITECTURES),
+    *(["scan", "sm_90", scan_macros(io)] for io in IO_TYPES.values() if io != BF16),
+    *(["scan", "sm_90", scan_macros(BF16, **{name: 0})] for name in ("KEEPS", "FULL", "ALIGNED")),
+    ["conv", "sm_90", conv_macros(BF16, EACH=1, FUTURE=0, SILU=0)],
 ]
 
 

@@ -21,7 +21,36 @@ __device__ __forceinline__ float to_float(io v) { return bfloat16_to_float(v.bit
 __device__ __forceinline__ io from_float(float v) { return {float_to_bfloat16(v)}; }
 #endif
 
-struct Rows {  // (batch, length, channels) whose last stride is 1; strides in bytes
+// C neighbouring values as one load brings them: whole registers until a value is taken, because a copy of a part of one
+// would wait for the load. Aligned to C values.
+#if IO == 0
+template <int C>
+struct Raw {
+  float value[C];
+  __device__ __forceinline__ float operator[](int j) const { return value[j]; }
+};
+__device__ __forceinline__ void load(Raw<1>& raw, const io* p) { raw.value[0] = *p; }
+__device__ __forceinline__ void load(Raw<2>& raw, const io* p) {
+  float2 two = *(const float2*)p;
+  raw.value[0] = two.x, raw.value[1] = two.y;
+}
+__device__ __forceinline__ void store(io* p, const float (&v)[1]) { *p = v[0]; }
+__device__ __forceinline__ void store(io* p, const float (&v)[2]) { *(float2*)p = {v[0], v[1]}; }
+#else
+template <int C>
+struct Raw {
+  unsigned bits;
+  __device__ __forceinline__ float operator[](int j) const { return to_float({(unsigned short)(bits >> 16 * j)}); }
+};
+__device__ __forceinline__ void load(Raw<1>& raw, const io* p) { raw.bits = *(const unsigned short*)p; }
+__device__ __forceinline__ void load(Raw<2>& raw, const io* p) { raw.bits = *(const unsigned*)p; }
+__device__ __forceinline__ void store(io* p, const float (&v)[1]) { *p = from_float(v[0]); }
+__device__ __forceinline__ void store(io* p, const float (&v)[2]) {
+  *(unsigned*)p = from_float(v[0]).bits | (unsigned)from_float(v[1]).bits << 16;
+}
+#endif
+
+struct Rows {  // (batch, length, channels) whose last stride is 1; strides in bytes, that of a row below 2^31
   const char* data;
   int64 batch_stride, row_stride;
   __device__ __forceinline__ const io* at(int64 b, int t) const {

@@ -3,26 +3,27 @@
 //   pre_t = bias + sum_k weight[k] x_{t - (K-1) + k}       y_t = silu(pre_t) or pre_t
 //
 // A direction looks at the past, or with x_{t + (K-1) - k} at the future; a call has at most one of each. Tokens
-// outside [0, L) are zero. A thread has one channel and SEGMENT tokens, and slides a window of registers over them.
-// K and IO are set on the command line.
+// outside [0, L) are zero. A thread has C neighbouring channels and SEGMENT tokens, and slides a window of registers
+// over them; the loads of a group of tokens are under way before the first is used.
+// K, EACH (C: 1 or 2), PAST, FUTURE, SILU and IO are set on the command line.
 #include "common.cuh"
 
 struct Side {
-  const float *weight, *bias;  // (D, K), (D) or null; weight is null if there is no such direction
+  const float *weight, *bias;  // (D, K), (D) or null
   io* y;                       // (batch, L, D)
   Rows dy;
   float *dweight, *dbias;      // (batch * segments, D, K), (batch * segments, D), partial; the last may be null
 };
 
 struct Conv {
-  int64 batch, length, channels, silu;
+  int64 batch, length, channels;
   Side past, future;
   Rows x;
   io* dx;  // (batch, L, D)
 };
 
-constexpr int SEGMENT = 64;
-constexpr int REACH = K - 1;
+constexpr int C = EACH, SEGMENT = 64, GROUP = 8;
+constexpr int REACH = K - 1, WINDOW = 2 * REACH + 1;
 
 struct Place {  // of a thread: blockIdx.x = batch * segments + segment, blockIdx.y the channels
   int64 b;
@@ -31,108 +32,168 @@ struct Place {  // of a thread: blockIdx.x = batch * segments + segment, blockId
     int segments = (s.length + SEGMENT - 1) / SEGMENT;
     b = blockIdx.x / segments, segment = blockIdx.x;
     begin = (int)(blockIdx.x % segments) * SEGMENT, end = min(begin + SEGMENT, (int)s.length);
-    c = blockIdx.y * blockDim.x + threadIdx.x;
+    c = C * (blockIdx.y * blockDim.x + threadIdx.x);
   }
 };
 
 struct Taps {
-  float weight[K], bias;
+  float weight[K][C], bias[C];
   __device__ __forceinline__ Taps(const Side& side, int c) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) weight[k] = side.weight ? side.weight[(int64)c * K + k] : 0.0f;
-    bias = side.bias ? side.bias[c] : 0.0f;
+    for (int j = 0; j < C; ++j) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) weight[k][j] = side.weight[(int64)(c + j) * K + k];
+      bias[j] = side.bias ? side.bias[c + j] : 0.0f;
+    }
   }
 };
 
-// window[i] is token t - (K-1) + i. PAST uses the first K of it, else the last K.
-template <bool PAST>
-__device__ __forceinline__ float convolve(const Taps& taps, const float* window) {
-  float pre = taps.bias;
-#pragma unroll
-  for (int k = 0; k < K; ++k) pre = fmaf(taps.weight[k], window[PAST ? k : 2 * REACH - k], pre);
-  return pre;
-}
-
-__device__ __forceinline__ float load(const Conv& s, const Rows& rows, const Place& at, int t) {
-  return t >= 0 && t < s.length ? to_float(rows.at(at.b, t)[at.c]) : 0.0f;
+// Token t, clamped to [0, L): the value of an absent one is replaced when it is taken.
+__device__ __forceinline__ void load(Raw<C>& raw, const Conv& s, const Rows& rows, const Place& at, int t) {
+  load(raw, rows.at(at.b, min(max(t, 0), (int)s.length - 1)) + at.c);
 }
 
 template <int SIZE>
-__device__ __forceinline__ void slide(float (&window)[SIZE], float next) {
+__device__ __forceinline__ void slide(float (&window)[SIZE][C], const float (&next)[C]) {
 #pragma unroll
-  for (int i = 0; i + 1 < SIZE; ++i) window[i] = window[i + 1];
-  window[SIZE - 1] = next;
+  for (int j = 0; j < C; ++j) {
+#pragma unroll
+    for (int i = 0; i + 1 < SIZE; ++i) window[i][j] = window[i + 1][j];
+    window[SIZE - 1][j] = next[j];
+  }
+}
+
+__device__ __forceinline__ void slide_in(float (&window)[WINDOW][C], const Conv& s, const Raw<C>& raw, int t) {
+  float x[C];
+#pragma unroll
+  for (int j = 0; j < C; ++j) x[j] = t >= 0 && t < s.length ? raw[j] : 0.0f;
+  slide(window, x);
+}
+
+// window[i] is token t - (K-1) + i. The past uses the first K of it, the future the last K.
+template <bool past>
+__device__ __forceinline__ float convolve(const Taps& taps, const float (&window)[WINDOW][C], int j) {
+  float pre = taps.bias[j];
+#pragma unroll
+  for (int k = 0; k < K; ++k) pre = fmaf(taps.weight[k][j], window[past ? k : 2 * REACH - k][j], pre);
+  return pre;
+}
+
+template <bool past>
+__device__ __forceinline__ void emit(io* y, const Taps& taps, const float (&window)[WINDOW][C]) {
+  float out[C];
+#pragma unroll
+  for (int j = 0; j < C; ++j) {
+    float pre = convolve<past>(taps, window, j);
+    out[j] = SILU ? pre * sigmoid(pre) : pre;
+  }
+  store(y, out);
 }
 
 extern "C" __global__ void conv_forward(const __grid_constant__ Conv s) {
   Place at(s);
   if (at.c >= s.channels) return;
-  Taps past(s.past, at.c), future(s.future, at.c);
-  float window[2 * REACH + 1] = {};
+  Taps past(PAST ? s.past : s.future, at.c), future(FUTURE ? s.future : s.past, at.c);
+  float window[WINDOW][C] = {};
+  {
+    Raw<C> raw[2 * REACH + 1];
 #pragma unroll
-  for (int i = 1; i < 2 * REACH + 1; ++i) window[i] = load(s, s.x, at, at.begin - REACH - 1 + i);
-#pragma unroll 8
-  for (int t = at.begin; t < at.end; ++t) {
-    slide(window, load(s, s.x, at, t + REACH));
-    int64 out = (at.b * s.length + t) * s.channels + at.c;
-    auto emit = [&](io* y, float pre) { y[out] = from_float(s.silu ? pre * sigmoid(pre) : pre); };
-    if (s.past.weight) emit(s.past.y, convolve<true>(past, window));
-    if (s.future.weight) emit(s.future.y, convolve<false>(future, window));
+    for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - REACH - 1 + i);
+#pragma unroll
+    for (int i = 1; i < WINDOW; ++i) slide_in(window, s, raw[i], at.begin - REACH - 1 + i);
+  }
+  for (int first = at.begin; first < at.end; first += GROUP) {
+    Raw<C> raw[GROUP];
+#pragma unroll
+    for (int k = 0; k < GROUP; ++k) load(raw[k], s, s.x, at, first + k + REACH);
+#pragma unroll
+    for (int k = 0; k < GROUP; ++k) {
+      int t = first + k;
+      slide_in(window, s, raw[k], t + REACH);
+      int64 out = (at.b * s.length + t) * s.channels + at.c;
+      if (PAST && t < at.end) emit<true>(s.past.y + out, past, window);
+      if (FUTURE && t < at.end) emit<false>(s.future.y + out, future, window);
+    }
   }
 }
 
 // g_t = dy_t silu'(pre_t):   dx_t = sum_k w[k] g_{t + (K-1) - k} (past) + sum_k w[k] g_{t - (K-1) + k} (future),
 // dweight[k] = sum_t g_t x_{t - (K-1) + k} (past; future alike), dbias = sum_t g_t. Where the reach of a filter leaves
 // the segment, g is computed again.
-template <bool PAST>
-__device__ __forceinline__ float adjoint(const Conv& s, const Side& side, const Place& at, const Taps& taps,
-                                         const float* window, int t, float* dweight, float& dbias) {
-  if (!side.weight || t < 0 || t >= s.length) return 0.0f;
-  float g = load(s, side.dy, at, t);
-  if (s.silu) {
-    float pre = convolve<PAST>(taps, window);
-    g *= silu_slope(pre, sigmoid(pre));
-  }
-  if (t >= at.begin && t < at.end) {
-    dbias += g;
+template <bool past>
+__device__ __forceinline__ void adjoint(const Conv& s, const Place& at, const Taps& taps, const Raw<C>& dy,
+                                        const float (&window)[WINDOW][C], int t, float (&g)[C], float (&dweight)[K][C],
+                                        float (&dbias)[C]) {
+  bool there = t >= 0 && t < s.length, own = t >= at.begin && t < at.end;
 #pragma unroll
-    for (int k = 0; k < K; ++k) dweight[k] = fmaf(g, window[PAST ? k : 2 * REACH - k], dweight[k]);
+  for (int j = 0; j < C; ++j) {
+    g[j] = dy[j];
+    if (SILU) {
+      float pre = convolve<past>(taps, window, j);
+      g[j] *= silu_slope(pre, sigmoid(pre));
+    }
+    g[j] = there ? g[j] : 0.0f;
+    float counted = own ? g[j] : 0.0f;
+    dbias[j] += counted;
+#pragma unroll
+    for (int k = 0; k < K; ++k) dweight[k][j] = fmaf(counted, window[past ? k : 2 * REACH - k][j], dweight[k][j]);
   }
-  return g;
 }
 
-__device__ __forceinline__ void write_sums(const Conv& s, const Side& side, const Place& at, const float* dweight,
-                                           float dbias) {
-  if (!side.weight) return;
-  int64 row = (int64)at.segment * s.channels + at.c;
+__device__ __forceinline__ void write_sums(const Conv& s, const Side& side, const Place& at,
+                                           const float (&dweight)[K][C], const float (&dbias)[C]) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) side.dweight[row * K + k] = dweight[k];
-  if (side.dbias) side.dbias[row] = dbias;
+  for (int j = 0; j < C; ++j) {
+    int64 row = (int64)at.segment * s.channels + at.c + j;
+#pragma unroll
+    for (int k = 0; k < K; ++k) side.dweight[row * K + k] = dweight[k][j];
+    if (side.dbias) side.dbias[row] = dbias[j];
+  }
 }
 
 extern "C" __global__ void conv_backward(const __grid_constant__ Conv s) {
   Place at(s);
   if (at.c >= s.channels) return;
-  Taps past(s.past, at.c), future(s.future, at.c);
-  float window[2 * REACH + 1] = {}, g_past[K] = {}, g_future[2 * REACH + 1] = {};
-  float dw_past[K] = {}, dw_future[K] = {}, db_past = 0.0f, db_future = 0.0f;
+  Taps past(PAST ? s.past : s.future, at.c), future(FUTURE ? s.future : s.past, at.c);
+  float window[WINDOW][C] = {}, g_past[K][C] = {}, g_future[WINDOW][C] = {};
+  float dw_past[K][C] = {}, dw_future[K][C] = {}, db_past[C] = {}, db_future[C] = {};
+  {
+    Raw<C> raw[WINDOW];
 #pragma unroll
-  for (int i = 1; i < 2 * REACH + 1; ++i) window[i] = load(s, s.x, at, at.begin - 2 * REACH - 1 + i);
-#pragma unroll 8
-  for (int t = at.begin - REACH; t < at.end + REACH; ++t) {
-    slide(window, load(s, s.x, at, t + REACH));
-    slide(g_past, adjoint<true>(s, s.past, at, past, window, t, dw_past, db_past));
-    slide(g_future, adjoint<false>(s, s.future, at, future, window, t, dw_future, db_future));
-    int to = t - REACH;  // g_past holds to ... t, g_future to - (K-1) ... t
-    if (to < at.begin) continue;
-    float dx = 0.0f;
+    for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - 2 * REACH - 1 + i);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      dx = fmaf(past.weight[k], g_past[REACH - k], dx);
-      dx = fmaf(future.weight[k], g_future[k], dx);
-    }
-    s.dx[(at.b * s.length + to) * s.channels + at.c] = from_float(dx);
+    for (int i = 1; i < WINDOW; ++i) slide_in(window, s, raw[i], at.begin - 2 * REACH - 1 + i);
   }
-  write_sums(s, s.past, at, dw_past, db_past);
-  write_sums(s, s.future, at, dw_future, db_future);
+#pragma unroll 1
+  for (int first = at.begin - REACH; first < at.end + REACH; first += GROUP) {
+    Raw<C> raw[GROUP], raw_past[GROUP], raw_future[GROUP];
+#pragma unroll
+    for (int k = 0; k < GROUP; ++k) {
+      load(raw[k], s, s.x, at, first + k + REACH);
+      if (PAST) load(raw_past[k], s, s.past.dy, at, first + k);
+      if (FUTURE) load(raw_future[k], s, s.future.dy, at, first + k);
+    }
+#pragma unroll
+    for (int k = 0; k < GROUP; ++k) {
+      int t = first + k;
+      slide_in(window, s, raw[k], t + REACH);
+      float g[C] = {};
+      if (PAST) adjoint<true>(s, at, past, raw_past[k], window, t, g, dw_past, db_past);
+      slide(g_past, g);
+      if (FUTURE) adjoint<false>(s, at, future, raw_future[k], window, t, g, dw_future, db_future);
+      slide(g_future, g);
+      int to = t - REACH;  // g_past holds to ... t, g_future to - (K-1) ... t
+      float dx[C] = {};
+#pragma unroll
+      for (int j = 0; j < C; ++j)
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+          if (PAST) dx[j] = fmaf(past.weight[i][j], g_past[REACH - i][j], dx[j]);
+          if (FUTURE) dx[j] = fmaf(future.weight[i][j], g_future[i][j], dx[j]);
+        }
+      if (to >= at.begin && to < at.end) store(s.dx + (at.b * s.length + to) * s.channels + at.c, dx);
+    }
+  }
+  if (PAST) write_sums(s, s.past, at, dw_past, db_past);
+  if (FUTURE) write_sums(s, s.future, at, dw_future, db_future);
 }

@@ -31,4 +31,11 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float x) {
   return bits;
 }
 
+// Copies 16 aligned bytes from global to shared memory in the background; copies_done waits for this thread's.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 #endif

@@ -6,11 +6,12 @@
 // Everything is channels-last. A thread keeps the states of its channels in registers and walks the tokens;
 // B and C of a tile of tokens lie in shared memory and are read by broadcast. The reverse direction is index
 // arithmetic. Nothing is atomic: every sum has a fixed order. STATES (16, 32 or 64; N is padded with zeros), WARPS
-// (of a backward block), SOFTPLUS and IO are set on the command line.
+// (of a backward block), SOFTPLUS, GATED (there is a z), SKIPS (a D), KEEPS (states are kept), FULL (every block has
+// all its channels), ALIGNED (see copy_chunk) and IO are set on the command line.
 // Letters: b batch, t token in memory, i token in scan order, c channel, n state.
 #include "common.cuh"
 
-constexpr int CHUNK = 32;  // tokens between two states kept for the backward pass
+constexpr int CHUNK = 16;  // tokens between two states kept for the backward pass
 constexpr int WARP = 32;
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -40,12 +41,12 @@ struct Scan {
 template <class T>
 struct Walk {
   char* at;
-  int64 step;  // in bytes
+  int step;  // in bytes
   __device__ __forceinline__ Walk(const Scan& s, const Direction& d, const void* data, int64 row_stride, int c)
       : at((char*)data + (d.reverse ? (s.length - 1) * row_stride : 0) + c * (int64)sizeof(T)),
-        step(d.reverse ? -row_stride : row_stride) {}
+        step(d.reverse ? -(int)row_stride : (int)row_stride) {}
   __device__ __forceinline__ T& operator[](int c) const { return ((T*)at)[c]; }
-  __device__ __forceinline__ void move(int tokens) { at += tokens * step; }
+  __device__ __forceinline__ void move(int tokens) { at += (int64)tokens * step; }
   __device__ __forceinline__ Walk moved(int tokens) const {
     Walk w = *this;
     w.move(tokens);
@@ -67,7 +68,7 @@ __device__ __forceinline__ float time_step(float v) { return SOFTPLUS ? softplus
 __device__ __forceinline__ float optional(const float* p, int c) { return p ? p[c] : 0.0f; }
 
 __device__ __forceinline__ float scaled_A(const Scan& s, const Direction& d, int c, int n) {
-  float A = c < s.channels && n < s.state ? d.A[(int64)c * s.state + n] * LOG2E : 0.0f;
+  float A = (FULL || c < s.channels) && n < s.state ? d.A[(int64)c * s.state + n] * LOG2E : 0.0f;
   return A < -3e38f ? -3e38f : A;  // finite, so that an absent token, whose Delta is 0, has decay 1
 }
 
@@ -94,14 +95,13 @@ __device__ __forceinline__ void scatter_sum(float* v, int lane) {
 
 constexpr int TILE = 8;       // tokens of B and C in shared memory, twice
 constexpr int THREADS = 64;   // of a forward block
-constexpr int AHEAD = 2;      // tokens of x and dt fetched in advance
-static_assert(CHUNK % TILE == 0 && TILE % AHEAD == 0 && THREADS % STATES == 0);
+static_assert(CHUNK % TILE == 0 && THREADS % STATES == 0);
 
-// S states of V channels a thread; STATES / S neighbouring lanes share their channels. The block covers
+// S states of V channels a thread, AHEAD tokens of x and dt fetched in advance; STATES / S neighbouring lanes share their channels. The block covers
 // V * THREADS * S / STATES channels. It adds y to the sum that it finds (ADD), and finishes the sum with the gate or
 // leaves it to another (FINISH). Absent channels compute on zeros. C . h is summed in fours of states and then as the
 // butterfly does, so that y does not depend on S.
-template <int S, int V, bool ADD, bool FINISH>
+template <int S, int V, int AHEAD, bool ADD, bool FINISH>
 __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float* sum_data) {
   constexpr int LANES = STATES / S, CHANNELS = THREADS / LANES, ROW = 2 * STATES;
   constexpr int PASS = THREADS / STATES, PASSES = TILE / PASS;  // tokens of B and of C that the block fetches at once
@@ -110,13 +110,13 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
   int q = threadIdx.x % LANES, c0 = blockIdx.y * (V * CHANNELS) + threadIdx.x / LANES;
   int own_n = threadIdx.x % STATES, own_i = threadIdx.x / STATES;
   int length = s.length;
-  bool gated = FINISH && s.z.data, skips = d.D, store_sum = !FINISH || (gated && d.states);
+  constexpr bool gated = FINISH && GATED, store_sum = !FINISH || (gated && KEEPS);
   float A[V][S], h[V][S], skip[V], bias[V];
   bool live[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     int c = c0 + v * CHANNELS;
-    live[v] = c < s.channels;
+    live[v] = FULL || c < s.channels;
     skip[v] = live[v] ? optional(d.D, c) : 0.0f;
     bias[v] = live[v] ? optional(d.dt_bias, c) : 0.0f;
 #pragma unroll
@@ -126,17 +126,19 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
   auto x_at = walk(s, d, d.x, b, c0), dt_at = walk(s, d, d.dt, b, c0), z_at = walk(s, d, s.z, b, c0);
   auto sum_at = walk(s, d, sum_data, b, c0), sum_out = sum_at;
   auto out_at = walk(s, d, s.out, b, c0);
-  struct { io x[V], dt[V], z[V]; float sum[V]; } next[AHEAD] = {};
-  auto fetch = [&](int k, int i) {
-    if (i >= length) return;
+  Raw<1> next_x[AHEAD][V] = {}, next_dt[AHEAD][V] = {}, next_z[AHEAD][V] = {};
+  float next_sum[AHEAD][V] = {};
+  auto fetch = [&](int k, int i) {  // of the last token again behind the end: what nobody needs costs less than a branch
+    int t = min(i, length - 1);
+    auto x = x_at.moved(t), dt = dt_at.moved(t), z = z_at.moved(t);
+    auto sum = sum_at.moved(t);
 #pragma unroll
     for (int v = 0; v < V; ++v)
       if (live[v]) {
-        next[k].x[v] = x_at[v * CHANNELS], next[k].dt[v] = dt_at[v * CHANNELS];
-        if (gated) next[k].z[v] = z_at[v * CHANNELS];
-        if (ADD) next[k].sum[v] = sum_at[v * CHANNELS];
+        load(next_x[k][v], &x[v * CHANNELS]), load(next_dt[k][v], &dt[v * CHANNELS]);
+        if (gated) load(next_z[k][v], &z[v * CHANNELS]);
+        if (ADD) next_sum[k][v] = sum[v * CHANNELS];
       }
-    x_at.move(1), dt_at.move(1), z_at.move(1), sum_at.move(1);
   };
   auto B_at = walk(s, d, d.B, b, own_n).moved(own_i), C_at = walk(s, d, d.C, b, own_n).moved(own_i);
   float incoming[2 * PASSES];
@@ -169,7 +171,7 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
     fetch_tile((tile + 1) * TILE);
     const float* row = tiles + tile % 2 * (TILE * ROW) + q * S;
     int i0 = tile * TILE, end = min(i0 + TILE, length);
-    if (d.states && i0 % CHUNK == 0) {
+    if (KEEPS && i0 % CHUNK == 0) {
       float* to = kept;
 #pragma unroll
       for (int n = 0; n < S; ++n, to += s.channels)
@@ -182,19 +184,19 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
     for (int i = i0; i < end; i += AHEAD) {
 #pragma unroll
       for (int k = 0; k < AHEAD; ++k, row += ROW) {
-        if (i + k >= end) break;
-        auto now = next[k];
-        fetch(k, i + k + AHEAD);
-        float delta[V], delta_x[V], parts[V][S / 4], y[V];
+        bool there = i + k < end;
+        float delta[V], delta_x[V], parts[V][S / 4], y[V], z[V], sum[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          float x = to_float(now.x[v]);
-          delta[v] = time_step(to_float(now.dt[v]) + bias[v]);
+          float x = next_x[k][v][0];
+          z[v] = next_z[k][v][0], sum[v] = next_sum[k][v];
+          delta[v] = time_step(next_dt[k][v][0] + bias[v]);
           delta_x[v] = delta[v] * x;
-          parts[v][0] = skips && q == 0 ? skip[v] * x : 0.0f;
+          parts[v][0] = SKIPS && q == 0 ? skip[v] * x : 0.0f;
 #pragma unroll
           for (int p = 1; p < S / 4; ++p) parts[v][p] = 0.0f;
         }
+        fetch(k, i + k + AHEAD);
 #pragma unroll
         for (int n = 0; n < S; n += 4) {
           float4 B4 = quad(row + n), C4 = quad(row + STATES + n);
@@ -215,22 +217,19 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
             for (int p = 0; p < S / 4; ++p) scatter_sum<1, LANES / 2, 1>(&parts[v][p], q);
           if constexpr (S == 4) y[v] = parts[v][0];
           else y[v] = (parts[v][0] + parts[v][2]) + (parts[v][1] + parts[v][3]);
-          if (ADD) y[v] += now.sum[v];
+          if (ADD) y[v] += sum[v];
         }
         if (store_sum)
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            if (live[v] && q == 0) sum_out[v * CHANNELS] = y[v];
+            if (live[v] && q == 0 && there) sum_out[v * CHANNELS] = y[v];
         if (FINISH) {
           if (gated)
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              float z = to_float(now.z[v]);
-              y[v] *= z * sigmoid(z);
-            }
+            for (int v = 0; v < V; ++v) y[v] *= z[v] * sigmoid(z[v]);
 #pragma unroll
           for (int v = 0; v < V; ++v)
-            if (live[v] && q == 0) out_at[v * CHANNELS] = from_float(y[v]);
+            if (live[v] && q == 0 && there) out_at[v * CHANNELS] = from_float(y[v]);
         }
         sum_out.move(1), out_at.move(1);
       }
@@ -242,20 +241,20 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
 constexpr int BLOCKS = STATES == 16 ? 6 : 4;  // on a multiprocessor
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const __grid_constant__ Scan s) {
-  forward<16, 2, false, true>(s, s.direction[0], s.pregate);
+  forward<16, 2, 2, false, true>(s, s.direction[0], s.pregate);
 }
 
 // One direction after the other; a thread picks up its own sum.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward_both(const __grid_constant__ Scan s) {
-  forward<16, 2, false, false>(s, s.direction[0], s.pregate);
-  forward<16, 2, true, true>(s, s.direction[1], s.pregate);
+  forward<16, 2, 2, false, false>(s, s.direction[0], s.pregate);
+  forward<16, 2, 2, true, true>(s, s.direction[1], s.pregate);
 }
 
 // For few channels and batch rows: a channel over STATES / 4 lanes. Two directions have their own blocks, and leave
 // y to scan_combine.
 extern "C" __global__ void __launch_bounds__(THREADS) scan_forward_apart(const __grid_constant__ Scan s) {
-  if (s.directions == 1) forward<4, 1, false, true>(s, s.direction[0], s.pregate);
-  else forward<4, 1, false, false>(s, s.direction[blockIdx.z], s.y + blockIdx.z * s.batch * s.length * s.channels);
+  if (s.directions == 1) forward<4, 1, 4, false, true>(s, s.direction[0], s.pregate);
+  else forward<4, 1, 4, false, false>(s, s.direction[blockIdx.z], s.y + blockIdx.z * s.batch * s.length * s.channels);
 }
 
 extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
@@ -283,37 +282,66 @@ extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
 // and a h_{t-1} of one state of four channels and STEP tokens are all that has to be in registers.
 //
 // A warp has 32 channels and all states: lane 4 j + q holds the states n = 4 m + q of channels 4 j ... 4 j + 3.
-// Work outside the recurrence is done with lane = channel.
+// Work outside the recurrence is done with lane = channel. What a chunk reads is copied to shared memory while the
+// chunk behind it is worked on.
 constexpr int V = 4, S = STATES / 4, STEP = 4, STEPS = CHUNK / STEP;
 
-// Shared memory in floats. B and C of the chunk, [2 STATES][COLUMN], token innermost; then for each warp
-// Delta [32] and Delta x [32] of every token, the latter making room for dB and dC [2 STATES] when it is spent;
-// dy, x, d Delta / d dt and their kin of a step, [STEP][3][32]; the state before each step but the first.
-constexpr int COLUMN = CHUNK + 4, ROW = WARP + (2 * STATES > WARP ? 2 * STATES : WARP) + 4, EDGE = 3 * WARP;
+// Shared memory. Of the block: B and C of the chunk as floats, [2 STATES][COLUMN], token innermost; and as they come,
+// [2][B, C][CHUNK][STATES]. Of a warp: Delta [32] and Delta x [32] of every token, the latter making room for dB and dC
+// [2 STATES] when it is spent; dy and d Delta / d dt of a step, [STEP][2][32]; a ring of states [STATES][STATE_ROW],
+// before each step of the chunk and before the next chunk; x, dt, dout and z, [2][4][CHUNK][32], as they come.
+constexpr int COLUMN = CHUNK + 4, ROW = WARP + (2 * STATES > WARP ? 2 * STATES : WARP) + 4, EDGE = 2 * WARP;
+constexpr int STATE_ROW = WARP + 8, STATE_FLOATS = STATES * STATE_ROW, RING = STEPS + 1;
+constexpr int STREAM = CHUNK * WARP, BC_STREAM = CHUNK * STATES;  // of one tensor, in io
 constexpr int TILE_FLOATS = 2 * STATES * COLUMN;
-constexpr int START_FLOATS = V * S * WARP;
-constexpr int WARP_FLOATS = CHUNK * ROW + STEP * EDGE + (STEPS - 1) * START_FLOATS;
+constexpr int BLOCK_FLOATS = TILE_FLOATS + 4 * BC_STREAM * (int)sizeof(io) / 4;
+constexpr int WARP_FLOATS = CHUNK * ROW + STEP * EDGE + RING * STATE_FLOATS + 8 * STREAM * (int)sizeof(io) / 4;
 
 __device__ __forceinline__ void load_quad(const float* p, float (&v)[4]) {
   float4 f = *(const float4*)p;
   v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
 }
 
+__device__ __forceinline__ void store_quad(float* p, const float (&v)[4]) { *(float4*)p = {v[0], v[1], v[2], v[3]}; }
+
+constexpr int AT_ONCE = ALIGNED ? 32 : 4;  // copies; loads need registers
+
+// Copies CHUNK tokens of COLUMNS channels from channel c0 on; absent tokens and channels read others of the same rows.
+// Part `part` of `parts` threads takes its share. ALIGNED: rows begin and end on borders of 16 bytes.
+template <int COLUMNS>
+__device__ __forceinline__ void copy_chunk(io* to, const Scan& s, const Direction& d, const Rows& rows, int64 b, int c0,
+                                           int channels, int i0, int part, int parts) {
+  int last = min(i0 + CHUNK, (int)s.length) - 1;
+  constexpr int EACH = ALIGNED ? 16 / sizeof(io) : 1, PIECES = COLUMNS / EACH;
+  auto at = walk(s, d, rows, b, 0);
+#pragma unroll AT_ONCE
+  for (int e = 0; e < CHUNK * PIECES; e += parts) {
+    int i = (e + part) / PIECES, piece = (e + part) % PIECES * EACH;
+    if (CHUNK * PIECES % parts && e + part >= CHUNK * PIECES) break;
+    const io* from = &at.moved(min(i0 + i, last))[min(c0 + piece, channels - EACH)];
+    if (ALIGNED) copy_async(to + i * COLUMNS + piece, from);
+    else to[i * COLUMNS + piece] = *from;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __grid_constant__ Scan s) {
   float* tile = (float*)dynamic_shared;
+  io* BC_stream = (io*)(tile + TILE_FLOATS);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, q = lane % 4;
-  float* rows = tile + TILE_FLOATS + warp * WARP_FLOATS;
+  float* rows = tile + BLOCK_FLOATS + warp * WARP_FLOATS;
   float* edge = rows + CHUNK * ROW + lane;
-  float* starts = edge + STEP * EDGE;
+  float* ring = rows + CHUNK * ROW + STEP * EDGE;
+  io* stream = (io*)(ring + RING * STATE_FLOATS);
 
   const Direction& d = s.direction[blockIdx.z];
   int64 b = blockIdx.x;
   int c = blockIdx.y * (WARPS * WARP) + threadIdx.x, c4 = c - q;  // lane = channel; first of the quad
   int length = s.length, channels = s.channels, state = s.state, chunks = (length + CHUNK - 1) / CHUNK;
-  bool live = c < channels;
-  int near = live ? c : channels - 1;  // absent channels read another's tokens, and count as zeros
-  auto tokens = [&](const Rows& rows, int i) { return walk(s, d, rows, b, near).moved(i); };
-  bool gated = s.z.data, writes_dz = live && blockIdx.z == 0, skips = d.D;
+  bool live = FULL || c < channels;
+  int near = live ? c : channels - 1;
+  auto dx_walk = walk(s, d, d.dx, b, near), ddt_walk = walk(s, d, d.ddt, b, near), dz_walk = walk(s, d, s.dz, b, near);
+  auto sum_walk = walk(s, d, s.pregate, b, near);
+  bool writes_dz = GATED && blockIdx.z == 0;
   float bias = optional(d.dt_bias, near), skip = optional(d.D, near);
   float dD = 0.0f, dbias = 0.0f;
   float A[V][S], carry[V][S], dA[V][S];
@@ -322,23 +350,64 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
     for (int m = 0; m < S; ++m) A[v][m] = scaled_A(s, d, c4 + v, 4 * m + q), carry[v][m] = dA[v][m] = 0.0f;
 
+  auto prepare = [&](int chunk, float* kept) {  // copies the chunk's inputs and the state that it starts from
+    int i0 = chunk * CHUNK, c0 = c - lane;
+    io *to = stream + chunk % 2 * 4 * STREAM, *BC = BC_stream + chunk % 2 * 2 * BC_STREAM;
+    copy_chunk<WARP>(to, s, d, d.x, b, c0, channels, i0, lane, WARP);
+    copy_chunk<WARP>(to + STREAM, s, d, d.dt, b, c0, channels, i0, lane, WARP);
+    copy_chunk<WARP>(to + 2 * STREAM, s, d, s.dout, b, c0, channels, i0, lane, WARP);
+    if (GATED) copy_chunk<WARP>(to + 3 * STREAM, s, d, s.z, b, c0, channels, i0, lane, WARP);
+    copy_chunk<STATES>(BC, s, d, d.B, b, 0, state, i0, threadIdx.x, WARPS * WARP);
+    copy_chunk<STATES>(BC + BC_STREAM, s, d, d.C, b, 0, state, i0, threadIdx.x, WARPS * WARP);
+    const float* from = d.states + (b * chunks + chunk) * state * s.channels;
+    constexpr int EACH = ALIGNED ? 4 : 1, PIECES = WARP / EACH;
+#pragma unroll AT_ONCE
+    for (int e = 0; e < STATES * PIECES; e += WARP) {
+      int n = (e + lane) / PIECES, piece = (e + lane) % PIECES * EACH, column = min(c0 + piece, channels - EACH);
+      if (ALIGNED) copy_async(kept + n * STATE_ROW + piece, from + n * s.channels + column);
+      else kept[n * STATE_ROW + piece] = n < state ? from[n * s.channels + column] : 0.0f;
+    }
+  };
+  int base = 0;  // of the ring: the state before the chunk
+  prepare(chunks - 1, ring);
+
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     int i0 = chunk * CHUNK, count = min(CHUNK, length - i0), last = (count - 1) / STEP;
+    copies_done();
+    __syncthreads();
+    int next = base ? base - 1 : RING - 1;
+    if (chunk > 0) prepare(chunk - 1, ring + next * STATE_FLOATS);
+
+    const io *x_at = stream + chunk % 2 * 4 * STREAM + lane, *BC = BC_stream + chunk % 2 * 2 * BC_STREAM;
+    const io *dt_at = x_at + STREAM, *dout_at = x_at + 2 * STREAM, *z_at = x_at + 3 * STREAM;
 #pragma unroll 4
-    for (int e = threadIdx.x; e < CHUNK * STATES; e += WARPS * WARP) {
-      int n = e % STATES, i = e / STATES;
-      bool there = i < count && n < s.state;
-      tile[n * COLUMN + i] = there ? to_float(walk(s, d, d.B, b, n).moved(i0 + i)[0]) : 0.0f;
-      tile[(STATES + n) * COLUMN + i] = there ? to_float(walk(s, d, d.C, b, n).moved(i0 + i)[0]) : 0.0f;
+    for (int e = threadIdx.x; e < 2 * BC_STREAM; e += WARPS * WARP) {
+      int n = e % STATES, i = e / STATES % CHUNK;
+      tile[(n + e / BC_STREAM * STATES) * COLUMN + i] = i < count && n < state ? to_float(BC[e]) : 0.0f;
     }
-    auto x_at = tokens(d.x, i0), dt_at = tokens(d.dt, i0);
-#pragma unroll 8
-    for (int i = 0; i < CHUNK; ++i, x_at.move(1), dt_at.move(1)) {
-      float x = i < count ? to_float(x_at[0]) : 0.0f, dt = i < count ? to_float(dt_at[0]) : 0.0f;
-      float delta = live && i < count ? time_step(dt + bias) : 0.0f;
-      rows[i * ROW + lane] = delta;
-      rows[i * ROW + WARP + lane] = live ? delta * x : 0.0f;
+    // Loads, sums and stores apart: the compiler moves no load across a store to shared memory.
+#pragma unroll 1
+    for (int i1 = 0; i1 < CHUNK; i1 += CHUNK / 2) {
+      Raw<1> x[CHUNK / 2], dt[CHUNK / 2];
+      float step_of[CHUNK / 2];
+#pragma unroll
+      for (int k = 0; k < CHUNK / 2; ++k) load(x[k], x_at + (i1 + k) * WARP), load(dt[k], dt_at + (i1 + k) * WARP);
+#pragma unroll
+      for (int k = 0; k < CHUNK / 2; ++k) step_of[k] = time_step(dt[k][0] + bias);
+#pragma unroll
+      for (int k = 0; k < CHUNK / 2; ++k) {
+        bool there = live && i1 + k < count;
+        rows[(i1 + k) * ROW + lane] = there ? step_of[k] : 0.0f;
+        rows[(i1 + k) * ROW + WARP + lane] = there ? step_of[k] * x[k][0] : 0.0f;
+      }
     }
+    float sum[STEP] = {};  // of the step to come
+    auto fetch_sum = [&](int step) {
+      if (!writes_dz) return;
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) sum[k] = sum_walk.moved(i0 + min(step * STEP + k, count - 1))[0];
+    };
+    fetch_sum(last);
     __syncthreads();
 
     float delta[STEP][V], delta_x[STEP][V];
@@ -349,81 +418,76 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         load_quad(rows + (step * STEP + k) * ROW + WARP + lane - q, delta_x[k]);
       }
     };
-    auto load_kept = [&](float* to, int stride) {  // the state that the chunk starts from
-      const float* from = d.states + ((b * chunks + chunk) * s.state + q) * s.channels + c4;
-#pragma unroll
-      for (int m = 0; m < S; ++m, from += 4 * s.channels)
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          to[(m * V + v) * stride] = c4 + v < channels && 4 * m + q < state ? from[v] : 0.0f;
+    // The state before a step: row 4 m + q, this lane's quad of channels.
+    auto state_at = [&](int step) {
+      int slot = base + step;
+      return ring + (slot < RING ? slot : slot - RING) * STATE_FLOATS + q * STATE_ROW + lane - q;
     };
 
-    float h[S * V];
-    load_kept(h, 1);
+    float h[S][V];
+#pragma unroll
+    for (int m = 0; m < S; ++m) load_quad(state_at(0) + 4 * m * STATE_ROW, h[m]);
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
       load_step(step);
+      float* after = state_at(step + 1);
 #pragma unroll
       for (int m = 0; m < S; ++m) {
         float B[STEP];
         load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
+        for (int v = 0; v < V; ++v)
 #pragma unroll
           for (int k = 0; k < STEP; ++k)
-            h[m * V + v] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[m * V + v], delta_x[k][v] * B[k]);
-          starts[step * START_FLOATS + (m * V + v) * WARP] = h[m * V + v];
-        }
+            h[m][v] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[m][v], delta_x[k][v] * B[k]);
+        store_quad(after + 4 * m * STATE_ROW, h[m]);
       }
     }
 
 #pragma unroll 1
     for (int step = last; step >= 0; --step) {
       int first = i0 + step * STEP, left = count - step * STEP;
-      auto x_at = tokens(d.x, first), dt_at = tokens(d.dt, first), dout_at = tokens(s.dout, first);
-      io raw_x[STEP] = {}, raw_dt[STEP] = {}, raw_dout[STEP] = {}, raw_z[STEP] = {};
-      float dy_own[STEP];
+      const io* own_x = x_at + step * STEP * WARP;
+      Raw<1> raw_dout[STEP], raw_dt[STEP], raw_z[STEP] = {};
+      float own_dy[STEP], slope[STEP];  // slope: d Delta / d dt
 #pragma unroll
       for (int k = 0; k < STEP; ++k) {
-        if (k < left) raw_x[k] = x_at[0], raw_dt[k] = dt_at[0], raw_dout[k] = dout_at[0];
-        x_at.move(1), dt_at.move(1), dout_at.move(1);
+        int at = (step * STEP + k) * WARP;
+        load(raw_dout[k], dout_at + at), load(raw_dt[k], dt_at + at);
+        if (GATED) load(raw_z[k], z_at + at);
       }
-      if (gated) {
-        auto z_at = tokens(s.z, first);
-        auto sum_at = walk(s, d, s.pregate, b, near).moved(first);
-        auto dz_at = walk(s, d, s.dz, b, near).moved(first);
-        float sum[STEP] = {};
 #pragma unroll
-        for (int k = 0; k < STEP; ++k, z_at.move(1))
-          if (k < left) raw_z[k] = z_at[0];
-        if (writes_dz)
+      for (int k = 0; k < STEP; ++k) {
+        own_dy[k] = raw_dout[k][0];
+        slope[k] = SOFTPLUS ? sigmoid(raw_dt[k][0] + bias) : 1.0f;
+      }
+      if (GATED) {
+        float dz[STEP];
 #pragma unroll
-          for (int k = 0; k < STEP; ++k, sum_at.move(1))
-            if (k < left) sum[k] = sum_at[0];
-#pragma unroll
-        for (int k = 0; k < STEP; ++k, dz_at.move(1)) {
-          float z = to_float(raw_z[k]), sz = sigmoid(z), dout = to_float(raw_dout[k]);
-          if (writes_dz && k < left) dz_at[0] = from_float(dout * silu_slope(z, sz) * sum[k]);
-          dy_own[k] = dout * (z * sz);
+        for (int k = 0; k < STEP; ++k) {
+          float z = raw_z[k][0], sz = sigmoid(z);
+          dz[k] = own_dy[k] * silu_slope(z, sz) * sum[k];
+          own_dy[k] *= z * sz;
         }
-      } else {
+        if (writes_dz) {
+          auto dz_at = dz_walk.moved(first);
 #pragma unroll
-        for (int k = 0; k < STEP; ++k) dy_own[k] = to_float(raw_dout[k]);
+          for (int k = 0; k < STEP; ++k, dz_at.move(1))
+            if (live && k < left) dz_at[0] = from_float(dz[k]);
+        }
       }
 #pragma unroll
       for (int k = 0; k < STEP; ++k) {
-        edge[k * EDGE] = live ? dy_own[k] : 0.0f;
-        edge[k * EDGE + WARP] = to_float(raw_x[k]);
-        edge[k * EDGE + 2 * WARP] = SOFTPLUS ? sigmoid(to_float(raw_dt[k]) + bias) : 1.0f;  // d Delta / d dt
+        edge[k * EDGE] = live && k < left ? own_dy[k] : 0.0f;
+        edge[k * EDGE + WARP] = slope[k];
       }
       __syncwarp();
+      if (step > 0) fetch_sum(step - 1);
       float dy[STEP][V], sums[STEP][2 * V] = {};  // sums: s1 and s2 of each channel, side by side
 #pragma unroll
       for (int k = 0; k < STEP; ++k) load_quad(edge - q + k * EDGE, dy[k]);
       load_step(step);
-      const float* before = starts + max(step - 1, 0) * START_FLOATS;
-      if (step == 0)  // the room of the first start is free by now
-        load_kept(starts, WARP);
+      const float* before = state_at(step);
       __syncwarp();
       // The warp's dB and dC take the place of Delta x: value lane / 4 of dBC is dB of the step's tokens, then dC.
       float* dBC_out = rows + (step * STEP + lane / 4 % STEP) * ROW + WARP + lane / 16 * STATES + q;
@@ -431,19 +495,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
       for (int m = 0; m < S; ++m) {
         if (4 * m >= state) break;  // also keeps the compiler from mixing states, which costs registers
-        float B[STEP], C[STEP], dBC[2 * STEP] = {};
+        float B[STEP], C[STEP], dBC[2 * STEP] = {}, now[V];
         load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
         load_quad(tile + (STATES + 4 * m + q) * COLUMN + step * STEP, C);
+        load_quad(before + 4 * m * STATE_ROW, now);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           float decay[STEP], decayed[STEP];
-          float now = before[(m * V + v) * WARP];
 #pragma unroll
           for (int k = 0; k < STEP; ++k) {
             decay[k] = exp2_approx(delta[k][v] * A[v][m]);
-            decayed[k] = decay[k] * now;
-            now = fmaf(delta_x[k][v], B[k], decayed[k]);
-            dBC[STEP + k] = fmaf(dy[k][v], now, dBC[STEP + k]);
+            decayed[k] = decay[k] * now[v];
+            now[v] = fmaf(delta_x[k][v], B[k], decayed[k]);
+            dBC[STEP + k] = fmaf(dy[k][v], now[v], dBC[STEP + k]);
           }
 #pragma unroll
           for (int k = STEP - 1; k >= 0; --k) {
@@ -458,34 +522,43 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         scatter_sum<2 * STEP, 16, 4>(dBC, lane);
         dBC_out[4 * m] = dBC[0];
       }
-      auto dx_at = walk(s, d, d.dx, b, near).moved(first), ddt_at = walk(s, d, d.ddt, b, near).moved(first);
+      auto dx_at = dx_walk.moved(first), ddt_at = ddt_walk.moved(first);
 #pragma unroll
       for (int k = 0; k < STEP; ++k, dx_at.move(1), ddt_at.move(1)) {
         scatter_sum<2 * V, 2, 1>(sums[k], lane);  // s1, s2 of this lane's channel; zeros of an absent token
-        float own_dy = edge[k * EDGE], x = edge[k * EDGE + WARP], own_delta = rows[(step * STEP + k) * ROW + lane];
-        float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + 2 * WARP];
-        float dx = fmaf(own_delta, sums[k][0], skips ? skip * own_dy : 0.0f);
-        if (live && k < left) dx_at[0] = from_float(dx);
-        if (live && k < left) ddt_at[0] = from_float(ddt);
-        dD = fmaf(own_dy, x, dD);
+        float dy_now = edge[k * EDGE], x = to_float(own_x[k * WARP]), own_delta = rows[(step * STEP + k) * ROW + lane];
+        float ddt = fmaf(x, sums[k][0], sums[k][1] * LN2) * edge[k * EDGE + WARP];
+        float dx = fmaf(own_delta, sums[k][0], SKIPS ? skip * dy_now : 0.0f);
+        if (live && k < left) dx_at[0] = from_float(dx), ddt_at[0] = from_float(ddt);
+        dD = fmaf(dy_now, x, dD);
         dbias += ddt;
       }
     }
 
     __syncthreads();
-#pragma unroll 4
-    for (int e = threadIdx.x; e < count * 2 * STATES; e += WARPS * WARP) {
+#pragma unroll 2
+    for (int e = 4 * threadIdx.x; e < count * 2 * STATES; e += 4 * WARPS * WARP) {
       int i = e / (2 * STATES), n = e % STATES;
-      if (n >= s.state) continue;
-      float total = 0.0f;
+      float total[4] = {};
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w)
-        total += tile[TILE_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES)];
-      float* partial = e % (2 * STATES) < STATES ? d.dB : d.dC;
+      for (int w = 0; w < WARPS; ++w) {
+        float part[4];
+        load_quad(tile + BLOCK_FLOATS + w * WARP_FLOATS + i * ROW + WARP + e % (2 * STATES), part);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[j] += part[j];
+      }
       int t = d.reverse ? length - 1 - (i0 + i) : i0 + i;
-      partial[((blockIdx.y * s.batch + b) * s.length + t) * s.state + n] = total;
+      float* partial = e % (2 * STATES) < STATES ? d.dB : d.dC;
+      partial += ((blockIdx.y * s.batch + b) * s.length + t) * s.state + n;
+      if (state % 4 == 0) {
+        if (n < state) store_quad(partial, total);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (n + j < state) partial[j] = total[j];
+      }
     }
-    __syncthreads();
+    base = next;
   }
 
 #pragma unroll

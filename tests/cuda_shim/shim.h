@@ -8,9 +8,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 using std::max;
@@ -25,6 +27,7 @@ using std::min;
 #define dynamic_shared (shim::shared)
 
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct dim3 { unsigned x, y, z; };
 static dim3 threadIdx, blockIdx, blockDim;
 
@@ -45,6 +48,7 @@ struct Fibre {
   Barrier* waits;
   unsigned generation;
   unsigned parity;  // of the next shuffle
+  std::vector<std::pair<void*, const void*>> copies;  // not yet done
 };
 
 static float4* shared;
@@ -94,7 +98,7 @@ static void run_block(unsigned threads, int order) {
   barriers.assign(threads / 32 + 1, Barrier());
   for (unsigned i = 0; i < threads; ++i) {
     Fibre& f = fibres[i];
-    f.done = false, f.waits = nullptr, f.parity = 0;
+    f.done = false, f.waits = nullptr, f.parity = 0, f.copies.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = STACK;
@@ -129,6 +133,17 @@ static void run_block(unsigned threads, int order) {
 
 inline void __syncthreads() { shim::wait(shim::barriers.back(), blockDim.x, 0); }
 inline void __syncwarp() { shim::wait(shim::barriers[threadIdx.x / 32], 32, 0); }
+
+// As late as the GPU may: when the thread waits for its copies.
+inline void copy_async(void* to, const void* from) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) shim::error = "copies 16 bytes to or from between their borders";
+  shim::fibres[shim::current].copies.emplace_back(to, from);
+}
+inline void copies_done() {
+  auto& copies = shim::fibres[shim::current].copies;
+  for (auto [to, from] : copies) std::memcpy(to, from, 16);
+  copies.clear();
+}
 
 inline float __shfl_xor_sync(unsigned mask, float value, int other) {
   if (mask != 0xffffffffu) shim::error = "only whole warps may shuffle";

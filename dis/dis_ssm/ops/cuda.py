@@ -26,7 +26,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
 INSTALL = "pip install 'dis-ssm[cuda]'"
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
-CHUNK = 32  # tokens between two kept states; scan.cu's
+CHUNK, STEP = 16, 4  # tokens between two kept states, and of a backward step; scan.cu's
 MAX_PLANES = 10
 
 
@@ -309,7 +309,7 @@ class ConvSide(ctypes.Structure):
 
 class Conv(ctypes.Structure):
     _fields_ = [
-        *_fields("batch length channels silu", ctypes.c_int64),
+        *_fields("batch length channels", ctypes.c_int64),
         *_fields("past future", ConvSide),
         ("x", Rows),
         ("dx", ctypes.c_void_p),
@@ -340,7 +340,7 @@ class _Call:
             return Rows(None, 0, 0)
         x = x.to(self.io)
         size = x.element_size()
-        if not (x.stride(-1) == 1 or x.shape[-1] == 1):
+        if not (x.stride(-1) == 1 or x.shape[-1] == 1) or x.stride(1) * size >= 2**31:
             x = x.contiguous()
         self.keep.append(x)
         return Rows(x.data_ptr(), x.stride(0) * size, x.stride(1) * size)
@@ -382,14 +382,24 @@ class _Call:
 # ---- the scan --------------------------------------------------------------------------------
 
 FORWARD_THREADS, FORWARD_TILE = 64, 8  # scan.cu's
+FULL = 128  # channels: a multiple of those of any block
 FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lanes
 
 
-def _scan(inputs: tuple, dt_softplus: bool, reverse: bool) -> tuple[_Call, Scan]:
+def _scan(inputs: tuple, dt_softplus: bool, reverse: bool, keeps: bool) -> tuple[_Call, Scan]:
     x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
     states = next(n for n in (16, 32, 64) if A.shape[1] <= n)
-    warps = backward_warps(states, *_shared_memory(x.device))
-    call = _Call("scan", x, STATES=states, WARPS=warps, SOFTPLUS=int(dt_softplus))
+    warps = backward_warps(states, x.itemsize, *_shared_memory(x.device))
+    known = {
+        "SOFTPLUS": dt_softplus,
+        "GATED": z is not None,
+        "SKIPS": inputs[5] is not None or inputs[12] is not None,
+        "KEEPS": keeps,
+        "FULL": x.shape[2] % FULL == 0,
+        "ALIGNED": True,
+    }
+    known = {name: int(value) for name, value in known.items()}
+    call = _Call("scan", x, STATES=states, WARPS=warps, **known)
     scan = Scan(*x.shape, A.shape[1], 1 if x_b is None else 2)
     for i in range(scan.directions):
         x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
@@ -402,21 +412,29 @@ def _scan(inputs: tuple, dt_softplus: bool, reverse: bool) -> tuple[_Call, Scan]
     return call, scan
 
 
-def backward_shared(states: int, warps: int) -> int:
-    """Bytes of shared memory of scan_backward (scan.cu: TILE_FLOATS, WARP_FLOATS)."""
-    step, row = 4, 32 + max(2 * states, 32) + 4
-    warp = CHUNK * row + step * 96 + (CHUNK // step - 1) * states * 32
-    return 4 * (2 * states * (CHUNK + 4) + warps * warp)
+def backward_shared(states: int, warps: int, io_bytes: int) -> int:
+    """Bytes of shared memory of scan_backward (scan.cu: BLOCK_FLOATS, WARP_FLOATS)."""
+    row, ring = 32 + max(2 * states, 32) + 4, CHUNK // STEP + 1
+    warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 40) + 8 * CHUNK * 32 * io_bytes
+    return 4 * 2 * states * (CHUNK + 4) + 4 * CHUNK * states * io_bytes + warps * warp
 
 
-def backward_warps(states: int, block_limit: int, sm_limit: int) -> int:
+def backward_warps(states: int, io_bytes: int, block_limit: int, sm_limit: int) -> int:
     """Warps of a block: as many as possible on an SM, at most 8 (registers), in large blocks."""
 
     def resident(warps):
-        shared = backward_shared(states, warps)
+        shared = backward_shared(states, warps, io_bytes)
         return 0 if shared > block_limit else min(sm_limit // (shared + 1024) * warps, 8)
 
     return max((4, 2, 1), key=resident)
+
+
+def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
+    """Whether every row that scan_backward copies begins and ends on a border of 16 bytes."""
+    directions = scan.direction[: scan.directions]
+    rows = [scan.z, scan.dout, *(getattr(d, n) for d in directions for n in ("x", "dt", "B", "C"))]
+    numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
+    return scan.state == states and all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
 
 
 @functools.cache
@@ -444,7 +462,7 @@ def _processors(device: torch.device) -> int:
 def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """``dis_ssm::scan`` on a GPU: same arguments and results as ``scan_op``."""
     *inputs, dt_softplus, reverse, save = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse)
+    call, scan = _scan(tuple(inputs), dt_softplus, reverse, save)
     x, z, two = inputs[0], inputs[14], scan.directions == 2
     batch, length, channels = x.shape
     states = call.macros["STATES"]
@@ -480,7 +498,7 @@ def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> list[Tensor]:
     """``dis_ssm::scan_backward`` on a GPU: same arguments and results as ``scan_backward_op``."""
     *inputs, dt_softplus, reverse = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse)
+    call, scan = _scan(tuple(inputs), dt_softplus, reverse, True)
     x, z = inputs[0], inputs[14]
     batch, length, channels = x.shape
     warps, size = call.macros["WARPS"], call.macros["STATES"]
@@ -505,7 +523,8 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
         direction.ddt_bias, ddt_bias = call.partial(rows, bias, torch.float32)
         grads[7 * i : 7 * i + 7] = dx, ddt, dA, dB, dC, dD, ddt_bias
     if length:
-        shared = backward_shared(size, warps)
+        call.macros["ALIGNED"] = int(_aligned(scan, size, call.io.itemsize))
+        shared = backward_shared(size, warps, call.io.itemsize)
         call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
     call.sum()
     return [
@@ -518,40 +537,52 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
 
 
-def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide], tuple]:
-    call = _Call("conv", x, K=weights[0].shape[1])
-    conv = Conv(*x.shape, silu)
+def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide]]:
+    call = _Call("conv", x, K=weights[0].shape[1], SILU=int(silu))
+    conv = Conv(*x.shape)
     conv.x = call.rows(x)
     sides = [conv.past, conv.future][:: -1 if reverse else 1][: 1 if weights[1] is None else 2]
     for side, weight, bias in zip(sides, weights, biases, strict=False):
         side.weight, side.bias = call.vector(weight), call.vector(bias)
-    segments = -(-x.shape[1] // SEGMENT)
-    return call, conv, sides, (x.shape[0] * segments, -(-x.shape[2] // CONV_THREADS), 1)
+    call.macros |= {"PAST": int(bool(conv.past.weight)), "FUTURE": int(bool(conv.future.weight))}
+    return call, conv, sides
+
+
+def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
+    """With two channels a thread where every row is aligned to them."""
+    pair = 2 * call.io.itemsize
+    numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
+    each = 2 if conv.channels % 2 == 0 and all(n % pair == 0 for n in numbers) else 1
+    call.macros["EACH"] = each
+    groups = -(-conv.channels // (each * CONV_THREADS))
+    grid = (conv.batch * -(-conv.length // SEGMENT), groups, 1)
+    call.launch(name, grid, CONV_THREADS, conv)
 
 
 def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
     """``dis_ssm::conv`` on a GPU: same arguments and results as ``conv_op``."""
     weights, biases = (weight_f, weight_b), (bias_f, bias_b)
-    call, conv, sides, grid = _conv(x, weights, biases, silu, reverse)
+    call, conv, sides = _conv(x, weights, biases, silu, reverse)
     outputs = [call.empty(*x.shape) for _ in sides]
     for side, y in zip(sides, outputs, strict=True):
         side.y = call.pointer(y)
-    call.launch("conv_forward", grid, CONV_THREADS, conv)
+    _launch_conv(call, "conv_forward", conv, [conv.x])
     return outputs
 
 
 def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
     """``dis_ssm::conv_backward`` on a GPU: same arguments and results as ``conv_backward_op``."""
     inputs = (x, weight_f, bias_f, weight_b, bias_b)
-    call, conv, sides, grid = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    call, conv, sides = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
     grads = [dx, None, None, None, None]
+    segments = x.shape[0] * -(-x.shape[1] // SEGMENT)
     for i, (side, dy) in enumerate(zip(sides, (dy_f, dy_b), strict=False)):
         side.dy = call.rows(dy)
-        side.dweight, grads[1 + 2 * i] = call.partial(grid[0], inputs[1 + 2 * i], torch.float32)
-        side.dbias, grads[2 + 2 * i] = call.partial(grid[0], inputs[2 + 2 * i], torch.float32)
-    call.launch("conv_backward", grid, CONV_THREADS, conv)
+        side.dweight, grads[1 + 2 * i] = call.partial(segments, inputs[1 + 2 * i], torch.float32)
+        side.dbias, grads[2 + 2 * i] = call.partial(segments, inputs[2 + 2 * i], torch.float32)
+    _launch_conv(call, "conv_backward", conv, [conv.x, *(side.dy for side in sides)])
     call.sum()
     return [
         x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
