@@ -14,9 +14,11 @@ import subprocess
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
 from dis_ssm.ops.conv import causal_conv1d_reference
+from dis_ssm.ops.scan import scan_op
 from nvrtc_compile import conv_macros, resources, scan_macros
 
 SHIM = os.path.join(os.path.dirname(__file__), "cuda_shim")
@@ -220,6 +222,17 @@ def check_scan(run, assert_close, inputs, value_tol=2e-6, grad_tol=2e-5, **optio
     for name, grad in grads.items():
         assert grad.dtype == inputs[name].dtype
         assert_close(grad, grads_true[name], grad_tol, f"d{name}")
+
+
+def test_fake_tensors_have_the_shapes_of_the_kernel(shim, scan_inputs):
+    inputs = scan_inputs(1, 40, 9, 16, dtype=torch.float32)
+    real = cuda.scan_forward(*scan_arguments(inputs), True)
+    with FakeTensorMode():
+        on_gpu = {
+            n: torch.empty_like(mode.from_tensor(v), device="cuda") for n, v in inputs.items()
+        }
+        fake = scan_op(*scan_arguments(on_gpu), True)
+    assert [t.shape for t in fake] == [t.shape for t in real]
 
 
 OPTIONS = ["Dzb", "", "D", "z", "b", "Db", "zb", "Dz"]

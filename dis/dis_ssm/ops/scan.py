@@ -216,7 +216,8 @@ def _(*args):
     pregate = x.new_empty(x.shape if save and z is not None else 0, dtype=torch.float32)
     batch, length, channels = x.shape
     directions = 1 if x_b is None else 2
-    shape = (directions, batch, -(-length // CHUNK), A.shape[1], channels) if save else 0
+    chunks = -(-length // (cuda.CHUNK if x.is_cuda else CHUNK))
+    shape = (directions, batch, chunks, A.shape[1], channels) if save else 0
     return x.new_empty(x.shape), pregate, x.new_empty(shape, dtype=torch.float32)
 
 
