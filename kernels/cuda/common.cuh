@@ -21,7 +21,7 @@ __device__ __forceinline__ float to_float(io v) { return bfloat16_to_float(v.bit
 __device__ __forceinline__ io from_float(float v) { return {float_to_bfloat16(v)}; }
 #endif
 
-// C neighbouring values as one load brings them: whole registers until a value is taken, because a copy of a part of one
+// C neighbouring values as one load brings them: whole registers until a value is taken, because a copy of part of one
 // would wait for the load. Aligned to C values.
 #if IO == 0
 template <int C>

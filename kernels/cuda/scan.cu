@@ -93,14 +93,14 @@ __device__ __forceinline__ void scatter_sum(float* v, int lane) {
 
 // ---- forward -----------------------------------------------------------------------------------------------
 
-constexpr int TILE = 8;       // tokens of B and C in shared memory, twice
-constexpr int THREADS = 64;   // of a forward block
+constexpr int TILE = 8;      // tokens of B and C in shared memory, twice
+constexpr int THREADS = 64;  // of a forward block
 static_assert(CHUNK % TILE == 0 && THREADS % STATES == 0);
 
-// S states of V channels a thread, AHEAD tokens of x and dt fetched in advance; STATES / S neighbouring lanes share their channels. The block covers
-// V * THREADS * S / STATES channels. It adds y to the sum that it finds (ADD), and finishes the sum with the gate or
-// leaves it to another (FINISH). Absent channels compute on zeros. C . h is summed in fours of states and then as the
-// butterfly does, so that y does not depend on S.
+// S states of V channels a thread; STATES / S neighbouring lanes share their channels. AHEAD tokens of x and dt are
+// fetched in advance. The block covers V * THREADS * S / STATES channels. It adds y to the sum that it finds (ADD), and
+// finishes the sum with the gate or leaves it to another (FINISH). Absent channels compute on zeros. C . h is summed in
+// fours of states and then as the butterfly does, so that y does not depend on S.
 template <int S, int V, int AHEAD, bool ADD, bool FINISH>
 __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float* sum_data) {
   constexpr int LANES = STATES / S, CHANNELS = THREADS / LANES, ROW = 2 * STATES;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
   auto out_at = walk(s, d, s.out, b, c0);
   Raw<1> next_x[AHEAD][V] = {}, next_dt[AHEAD][V] = {}, next_z[AHEAD][V] = {};
   float next_sum[AHEAD][V] = {};
-  auto fetch = [&](int k, int i) {  // of the last token again behind the end: what nobody needs costs less than a branch
+  auto fetch = [&](int k, int i) {  // behind the end the last token again: what nobody needs costs less than a branch
     int t = min(i, length - 1);
     auto x = x_at.moved(t), dt = dt_at.moved(t), z = z_at.moved(t);
     auto sum = sum_at.moved(t);
