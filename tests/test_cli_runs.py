@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -115,6 +116,19 @@ def test_there_must_be_something_to_extend(tmp_path, capsys):
     assert main(["train", "digits", "--out", str(tmp_path / "new"), "--extend", "5000"]) == 2
     assert "has no checkpoint to extend" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample"])
+def test_a_folder_is_no_run_for_a_config_that_cannot_be_read(tmp_path, capsys, command):
+    deep, pipe = tmp_path / "deep", tmp_path / "pipe"
+    for folder in (deep, pipe):
+        folder.mkdir()
+    (deep / "config.json").write_text("[" * 100_000)
+    os.mkfifo(pipe / "config.json")  # reading it would wait for ever
+    for folder in (deep, pipe):
+        assert main([command, str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error and error.count("\n") == 1
 
 
 # ---- classes -------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from dis_ssm.latents import (
     manifest_sha256,
     open_cache,
     read_manifest,
-    sha256,
 )
+from dis_ssm.reading import sha256
 from latent_helpers import (  # noqa: F401
     BATCH,
     BROKEN,

@@ -13,7 +13,6 @@ goes on to the checkpoint before it, with one line of warning, whatever the dama
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -39,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from dis_ssm.config import Config, build_model, from_dict, from_saved, to_dict
 from dis_ssm.distributed import ALONE, World, fill
 from dis_ssm.model import DiS
+from dis_ssm.reading import sha256
 from dis_ssm.version import __version__
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def save_checkpoint(
         with world.together():
             for name in names[world.rank :: world.size]:
                 path = draft / name
-                entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+                entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         files = {k: v for part in world.gather(entries) for k, v in part.items()}
         with world.together():
             if world.main:
@@ -96,7 +96,7 @@ def save_checkpoint(
                     {"format": FORMAT, "step": step, "config": to_dict(config)}
                     | {"versions": versions(), "trainer": state, "files": files},
                 )
-                _write(draft / COMPLETE, _sha256(draft / STATE) + "\n")
+                _write(draft / COMPLETE, sha256(draft / STATE) + "\n")
                 for part in {(draft / name).parent for name in names} | {draft}:
                     _sync(part)
                 _rename(draft, folder)
@@ -137,7 +137,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     wanted = (folder / COMPLETE).read_bytes().strip()
     if not SHA256.fullmatch(wanted):
         raise CheckpointError(f"{folder / COMPLETE} was cut short or altered: it holds no SHA-256")
-    if _sha256(folder / STATE).encode() != wanted:
+    if sha256(folder / STATE).encode() != wanted:
         raise CheckpointError(
             f"{folder / STATE} was cut short or altered: its SHA-256 is wrong, or {COMPLETE} was"
         )
@@ -206,7 +206,7 @@ def verify_file(folder: Path, state: dict[str, Any], file: str) -> None:
         raise CheckpointError(f"{path} is missing")
     if (size := path.stat().st_size) != wanted["size"]:
         raise CheckpointError(f"{path} is damaged: {size} bytes instead of {wanted['size']}")
-    if _sha256(path) != wanted["sha256"]:
+    if sha256(path) != wanted["sha256"]:
         raise CheckpointError(f"{path} was altered: its SHA-256 is wrong")
 
 
@@ -480,8 +480,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,6 +35,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dis_ssm import sources
+from dis_ssm.reading import read_json
 from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
     IMAGE_SUFFIXES,
     NO_LABEL,
@@ -44,7 +45,6 @@ from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
 )
 from dis_ssm.sources.base import number_classes
 from dis_ssm.sources.decode import UnreadableImage, check_background, check_pixels, decode
-from dis_ssm.sources.reading import parse_json, read_bytes
 
 DAMAGED = (ValueError, struct.error, zlib.error)  # a member of an archive
 MAX_WORKERS = 8  # by default; decoding scales with cores until memory is the limit
@@ -101,7 +101,7 @@ def open_dataset(
 def _open_latents(manifest: Path, split: str, image_size: int | None) -> "ImageDataset":
     from dis_ssm.latents import open_cache
 
-    made = parse_json(read_bytes(manifest), f"{manifest} is no manifest of a latent cache: it")
+    made = read_json(manifest)
     if not isinstance(made, dict):
         raise ValueError(f"{manifest} is no manifest of a latent cache: it is no object")
     made = {"split": made.get("split", split), "image_size": made.get("image_size", image_size)}

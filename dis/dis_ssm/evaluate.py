@@ -8,7 +8,6 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ from dis_ssm.metrics import (
     require_scikit_learn,
 )
 from dis_ssm.ops.backend import check_forced
+from dis_ssm.reading import read_json
 from dis_ssm.sampling import image_generators
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
@@ -174,8 +174,8 @@ def _made(
 def _known(path: Path, made: dict[str, Any]) -> dict | None:
     """The scores in `path`, if they were made so."""
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        scores = read_json(path)
+    except ValueError:
         return None
     if not isinstance(scores, dict) or any(scores.get(k) != v for k, v in made.items()):
         return None

@@ -37,8 +37,9 @@ from dis_ssm.images import (
     save_images,
     to_uint8,
 )
-from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder, sha256
+from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
 from dis_ssm.ops.backend import check_forced
+from dis_ssm.reading import read_json, sha256
 from dis_ssm.runs import locked
 
 NO_VAE = "none"
@@ -251,8 +252,8 @@ def _begin(parts: Path, pictures: Path | None, plan: dict[str, Any]) -> None:
 def _read_plan(path: Path) -> dict[str, Any]:
     """What is known of a set; nothing if the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

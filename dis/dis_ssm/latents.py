@@ -27,6 +27,7 @@ from dis_ssm.checkpoint import write_json
 from dis_ssm.data import NO_LABEL, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import to_uint8
+from dis_ssm.reading import read_json, sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -110,10 +111,9 @@ class Verified:
 
     def __init__(self, folder: Path):
         self.folder, self._seen = folder, set()
-        try:
-            found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            found = None
+        found = None
+        with contextlib.suppress(ValueError):
+            found = read_json(folder / VERIFIED)
         self._stamps = found if isinstance(found, dict) else {}
 
     def require(self, record: dict[str, Any]) -> None:
@@ -187,8 +187,8 @@ def shard_spans(manifest: dict[str, Any]) -> dict[str, range]:
     }
 
 
-def _is_path(name: Any) -> bool:
-    return not isinstance(name, str) or name != Path(name).name
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name == Path(name).name
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
@@ -203,8 +203,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises CacheError where there is none, or it is damaged, or of another format.
     """
     path = folder / MANIFEST
+    if not path.is_file():
+        raise CacheError(f"{folder} is not a cache of latents: {MANIFEST} is missing")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         old = "sha256" not in manifest and not manifest.keys() - UNHASHED
         if not old and manifest["sha256"] != manifest_sha256(manifest):
             raise ValueError("its SHA-256 is wrong")
@@ -212,11 +214,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         shards = [[record[key] for key in RECORD] for record in manifest["shards"]]
         if manifest["shard_size"] < 1 or manifest["source_images"] < len(shards):
             raise ValueError("its numbers cannot be")
-        if wrong := [record["name"] for record in manifest["shards"] if _is_path(record["name"])]:
+        names = [record["name"] for record in manifest["shards"]]
+        if wrong := [name for name in names if not _is_file_name(name)]:
             raise ValueError(f"shard {wrong[0]!r} is no file name")
-    except OSError as error:
-        raise CacheError(f"{folder} is not a cache of latents: {MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is damaged: {error!r}; {AGAIN}") from error
     if found != FORMAT:
         raise CacheError(f"{folder} has format {found}, this version reads {FORMAT}")
@@ -314,11 +315,6 @@ def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any])
     allowed = range(classes) if classes else (NO_LABEL,)
     if wrong := set(tensors["label"].tolist()) - set(allowed):
         raise CacheError(f"{path} has label {min(wrong)} but there are {classes} classes")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bar_interval() -> float:

@@ -24,6 +24,7 @@ from dis_ssm.checkpoint import DRAFT, drafted, write_json
 from dis_ssm.config import RUN_CONFIG
 from dis_ssm.extras import how_to_install
 from dis_ssm.images import make_grid
+from dis_ssm.reading import read_json
 
 SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and people
     getattr(signal, name)
@@ -59,8 +60,8 @@ def is_run(folder: Path) -> bool:
     if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file():
         return True
     try:
-        config = json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / RUN_CONFIG)
+    except ValueError:
         return False
     return isinstance(config, dict) and {"model", "diffusion", "train"} <= config.keys()
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dis_ssm.data import IMAGE_SUFFIXES, Files, ImageDataset, composed_text, open_dataset
+from dis_ssm.reading import check_regular, parsing
 from dis_ssm.sources.decode import check_background, check_pixels, decode
 from dis_ssm.sources.files import image_files
-from dis_ssm.sources.reading import check_regular, parsing
 
 ADM_IMAGES = "arr_0"  # the key of images in ADM's files
 CHANNELS = (1, 3)  # grey, RGB

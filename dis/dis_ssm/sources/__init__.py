@@ -10,9 +10,9 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+from dis_ssm.reading import check_regular
 from dis_ssm.sources import arrays, files, tables
 from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, Pixels
-from dis_ssm.sources.reading import check_regular
 from dis_ssm.sources.walk import IMAGE_SUFFIXES
 
 __all__ = ["IMAGE_SUFFIXES", "NO_LABEL", "SOURCES", "SPLITS", "Files", "Pixels"]

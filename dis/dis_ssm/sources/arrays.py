@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dis_ssm.extras import how_to_install
+from dis_ssm.reading import FileError, check_size, parsing, read_bytes, read_text
 from dis_ssm.sources.base import Pixels
-from dis_ssm.sources.reading import FileError, check_size, parsing, read_bytes, read_text
 
 IDX_PREFIX = {"train": "train", "heldout": "t10k"}
 CIFAR_SHAPE = (3, 32, 32)

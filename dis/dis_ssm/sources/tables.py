@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dis_ssm.extras import how_to_install
-from dis_ssm.sources.base import NO_LABEL, Files, PerThread
-from dis_ssm.sources.reading import (
+from dis_ssm.reading import (
     FileError,
     check_regular,
     check_size,
@@ -19,6 +18,7 @@ from dis_ssm.sources.reading import (
     parsing,
     reason,
 )
+from dis_ssm.sources.base import NO_LABEL, Files, PerThread
 from dis_ssm.sources.walk import is_hidden
 
 HF_SPLITS = {"train": ("train",), "heldout": ("validation", "test")}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import features
 
-from dis_ssm.sources.reading import FileError, check_regular, check_size, parsing, read_bytes
+from dis_ssm.reading import FileError, check_regular, check_size, parsing, read_bytes
 
 IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
