@@ -323,6 +323,21 @@ def test_sample_decodes_with_the_vae_of_the_cache_or_the_one_given(
     assert "latents have 4 channels but the VAE decodes 3" in capsys.readouterr().err
 
 
+def test_evaluate_decodes_with_the_vae_that_is_given(run, vae_folder, source, tmp_path, capsys):
+    images, out = tmp_path / "set.npz", tmp_path / "scores.json"
+    drawing = ["--num", "6", "--seed", "0", "--device", "cpu"]
+    compared = [str(source / "dog"), "--extractor", "pixels", "--out", str(out)]
+    assert cli.main(["sample", str(run), *drawing, "--out", str(images)]) == 0
+    assert cli.main(["evaluate", str(images), *compared]) == 0
+    expected = json.loads(out.read_text())["scores"]
+    assert cli.main(["evaluate", str(run), *compared, *drawing, "--vae", str(vae_folder)]) == 0
+    report = json.loads(out.read_text())
+    assert report["scores"] == expected and report["drawn"]["vae"] == str(vae_folder)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), *compared, "--vae", "none"]) == 2
+    assert "draws latents and no VAE decodes them: give --vae" in capsys.readouterr().err
+
+
 def test_sample_warns_of_another_encoder(run, tmp_path, capsys):
     other = make_vae(tmp_path / "other", seed=1)
     arguments = ["sample", str(run), "--num", "2", "--vae", str(other), "--device", "cpu"]

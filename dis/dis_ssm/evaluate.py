@@ -210,26 +210,30 @@ def evaluate_drawn(
     split: str | None = None,
     image_size: int | None = None,
     background: str | None = None,
+    vae: str | None = None,
     world: World,
     **options: Any,
 ) -> dict:
     """Draw `num` samples from the newest checkpoint of RUN and score them as `evaluate_samples`.
 
     Without a `reference`, it is the data of the run, and `split` held-out unless given. What is
-    unset is as the run's config says; `batch_size` is that of drawing and of the extractor, and
-    `options` are those of `evaluate_samples`, which opens reference and extractor before anything
-    is drawn. All processes of `world` call; each draws its share.
+    unset is as the run's config says; `batch_size` is that of drawing and of the extractor, `vae`
+    decodes latents, as in `open_artist`, and `options` are those of `evaluate_samples`, which opens
+    reference and extractor before anything is drawn. All processes of `world` call; each draws its
+    share.
 
-    Returns the report, with "drawn": checkpoint, sampler, steps, guidance, seed.
+    Returns the report, with "drawn": checkpoint, sampler, steps, guidance, seed, VAE if given.
 
     Raises ValueError for a run that draws latents no VAE decodes, or learns from latents where no
     reference is given, and as `evaluate_samples`.
     """
     run, checkpoint = locate(run)
-    artist = open_artist(checkpoint, device=world.device)
+    artist = open_artist(checkpoint, vae=vae, device=world.device)
     config = artist.config
     if not artist.visible:
-        raise ValueError(f"{run} draws latents and no VAE decodes them: give the run's data.vae")
+        raise ValueError(
+            f"{run} draws latents and no VAE decodes them: give --vae a folder or hub id"
+        )
     if reference is None and is_cache(config.data.source):
         raise ValueError(f"{run} learned from latents: give a REFERENCE, images or statistics")
     settings = sample_settings(
@@ -241,7 +245,7 @@ def evaluate_drawn(
         seed=seed,
         batch_size=batch_size,
     )
-    made = _made(config, checkpoint, settings, world.device)
+    made = _made(config, checkpoint, settings, world.device) | ({"vae": vae} if vae else {})
     if not str(reference or "").endswith(".npz"):
         image_size = image_size or config.data.image_size
     report = evaluate_samples(
