@@ -323,6 +323,19 @@ def test_sample_decodes_with_the_vae_of_the_cache_or_the_one_given(
     assert "latents have 4 channels but the VAE decodes 3" in capsys.readouterr().err
 
 
+def test_sample_says_so_where_the_vae_has_gone(run, vae_folder, tmp_path, capsys):
+    moved, out = tmp_path / "moved", tmp_path / "set.npz"
+    arguments = ["sample", str(run), "--num", "2", "--device", "cpu", "--out", str(out)]
+    vae_folder.rename(moved)
+    try:
+        assert cli.main(arguments) == 0
+        assert "draws latents and no VAE is at hand" in capsys.readouterr().err
+        assert cli.main([*arguments, "--vae", "none"]) == 0
+        assert "warning" not in capsys.readouterr().err
+    finally:
+        moved.rename(vae_folder)
+
+
 def test_evaluate_decodes_with_the_vae_that_is_given(run, vae_folder, source, tmp_path, capsys):
     images, out = tmp_path / "set.npz", tmp_path / "scores.json"
     drawing = ["--num", "6", "--seed", "0", "--device", "cpu"]
