@@ -354,6 +354,9 @@ def sample_settings(config: Config, **flags: Any) -> SampleConfig:
     """The [sample] section under those flags that are not None; ValueError if they do not fit."""
     given = {name: value for name, value in flags.items() if value is not None}
     settings = dataclasses.replace(config.sample, **given)
+    for name in ("cfg_channels", "cfg_interval"):
+        if name in given and settings.cfg_scale == 1:
+            raise ValueError(f"{name} has no effect while cfg_scale is 1: give that, too")
     check_guidance(config, settings.cfg_scale)
     check_guided_channels(config, settings)
     check_steps(config, settings)

@@ -42,6 +42,7 @@ from dis_ssm.classes import keep_class_names
 from dis_ssm.config import (
     RUN_CONFIG,
     Config,
+    ScoreConfig,
     build_diffusion,
     build_model,
     depth_of,
@@ -320,6 +321,8 @@ def _announce(trainer: Trainer, dataset: ImageDataset, visible: bool) -> None:
     )
     if config.sample.every and not visible:
         print("no previews: latents are shown by their VAE, give data.vae", flush=True)
+    if not config.score.every and config.score != ScoreConfig():
+        print("no scores: score.every is 0, so the other settings of score do nothing", flush=True)
 
 
 def _resume(trainer: Trainer, run: Path, dataset: ImageDataset, extends: bool) -> dict[str, float]:
