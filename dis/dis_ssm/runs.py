@@ -153,8 +153,7 @@ class RunLog:
     where that is unknown; memory_gb, the most that the main process has held; data_wait, the share
     of its time spent waiting for data; eta_hours, what is left at this rate; epoch; nonfinite, the
     steps skipped so far; seconds of training so far; extended_from, once, the former last step of
-    a run that was extended. Lines beyond `step`, which a killed process
-    had written, are removed.
+    a run that was extended. Lines beyond `step`, which a killed process had written, are removed.
 
     Only the `main` process writes; the others keep the same sums for the checkpoints.
     """

@@ -93,11 +93,10 @@ def train(config: Config, *, extend: int | None = None) -> Outcome:
     rounding, stays the same. A continued run equals an uninterrupted one bit for bit on the same
     devices, with the same threads and versions; otherwise it continues with a warning. `extend`
     continues a run to that step, beyond its `train.steps`: the learning rate's schedule then ends
-    there, and the next line of the log has the former end as "extended_from". On a
-    signal of `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError
-    for settings that contradict the data or the saved run, FloatingPointError after
-    `max_nonfinite` non-finite steps in a row (the state is saved first), CheckpointError when no
-    checkpoint is intact.
+    there, and the next line of the log has the former end as "extended_from". On a signal of
+    `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError for settings
+    that contradict the data or the saved run, FloatingPointError after `max_nonfinite` non-finite
+    steps in a row (the state is saved first), CheckpointError when no checkpoint is intact.
     """
     limit = timedelta(minutes=config.train.timeout_minutes)
     with join_world(config.train.device, limit + timedelta(minutes=1)) as world:
