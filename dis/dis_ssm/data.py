@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dis_ssm import sources
-from dis_ssm.reading import read_json
+from dis_ssm.reading import parse_json, read_bytes
 from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
     IMAGE_SUFFIXES,
     NO_LABEL,
@@ -101,7 +101,7 @@ def open_dataset(
 def _open_latents(manifest: Path, split: str, image_size: int | None) -> "ImageDataset":
     from dis_ssm.latents import open_cache
 
-    made = read_json(manifest)
+    made = parse_json(read_bytes(manifest), f"{manifest} is no manifest of a latent cache: it")
     if not isinstance(made, dict):
         raise ValueError(f"{manifest} is no manifest of a latent cache: it is no object")
     made = {"split": made.get("split", split), "image_size": made.get("image_size", image_size)}
