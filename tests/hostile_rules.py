@@ -58,6 +58,11 @@ def places(raw: bytes) -> Iterator[Damage]:
     yield Damage("a pipe", os.mkfifo)
 
 
+def no_files(raw: bytes) -> Iterator[Damage]:
+    """`places`, but for a folder: where images may lie in folders."""
+    return (damage for damage in places(raw) if damage.rule != "a folder")
+
+
 def cuts(raw: bytes) -> Iterator[Damage]:
     end = len(raw.rstrip())
     for size in sorted({0, 1, end // 2, end - 1}):
@@ -254,8 +259,7 @@ def zip_lies(raw: bytes) -> Iterator[Damage]:
 def zip_members(raw: bytes) -> Iterator[Damage]:
     """The first member under other names, and with a zip file in its place."""
     (first, content), *rest = read_zip(raw)
-    suffix = Path(first).suffix
-    for name in (f"../../{MARKER}{suffix}", f"/{MARKER}{suffix}", f"a\\..\\..\\b{suffix}"):
+    for name in (f"../../{first}", f"/{first}", f"0\\..\\..\\{first}"):
         yield Damage(f"member {name}", write_zip([(name, content), *rest]))
     yield Damage("nested", write_zip([(first, raw), *rest]))
     yield Damage("empty zip", write_zip([]))
@@ -406,6 +410,5 @@ SAFETENSORS = (*BYTES, safetensors_headers)
 ZIP = (*BYTES, zip_lies, zip_members)
 NPZ = (*BYTES, zip_lies, npz_arrays)
 WEIGHTS = (*BYTES, zip_lies, weights)
-PNG = (*BYTES, png_headers)
 IDX = (*BYTES, idx_headers)
 PICKLE = (*BYTES, pickles)

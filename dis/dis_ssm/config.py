@@ -22,6 +22,7 @@ import torch
 
 from dis_ssm.diffusion import Diffusion
 from dis_ssm.model import LARGEST_SIDE, MOST_CLASSES, DiS, DiS_models, create_model
+from dis_ssm.sources.reading import parsing, read_text
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
@@ -268,13 +269,9 @@ def load_config(source: str | Path) -> Config:
             hint = _near(str(source), named) or f"there are {', '.join(named) or 'none'}"
             raise ValueError(f"no file or named configuration {str(source)!r}; {hint}")
         path = named[str(source)]
-    try:
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path)
+    with parsing(f"{path} is not valid {path.suffix[1:].upper()}"):
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     try:
         return from_saved(values) if path.name == RUN_CONFIG else from_dict(values)
     except ValueError as error:

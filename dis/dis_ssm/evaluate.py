@@ -8,7 +8,6 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from dis_ssm.metrics import (
 )
 from dis_ssm.ops.backend import check_forced
 from dis_ssm.sampling import image_generators
+from dis_ssm.sources.reading import FileError, read_json
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
 
@@ -174,8 +174,8 @@ def _made(
 def _known(path: Path, made: dict[str, Any]) -> dict | None:
     """The scores in `path`, if they were made so."""
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        scores = read_json(path)
+    except FileError:
         return None
     if not isinstance(scores, dict) or any(scores.get(k) != v for k, v in made.items()):
         return None

@@ -40,6 +40,7 @@ from dis_ssm.images import (
 from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder, sha256
 from dis_ssm.ops.backend import check_forced
 from dis_ssm.runs import locked
+from dis_ssm.sources.reading import FileError, read_json
 
 NO_VAE = "none"
 PLAN = "plan.json"
@@ -251,8 +252,8 @@ def _begin(parts: Path, pictures: Path | None, plan: dict[str, Any]) -> None:
 def _read_plan(path: Path) -> dict[str, Any]:
     """What is known of a set; nothing if the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except FileError:
         return {}
     return found if isinstance(found, dict) else {}
 

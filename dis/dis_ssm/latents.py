@@ -27,6 +27,7 @@ from dis_ssm.checkpoint import write_json
 from dis_ssm.data import NO_LABEL, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import to_uint8
+from dis_ssm.sources.reading import FileError, read_json, read_text
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -111,8 +112,8 @@ class Verified:
     def __init__(self, folder: Path):
         self.folder, self._seen = folder, set()
         try:
-            found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = read_json(folder / VERIFIED)
+        except FileError:
             found = None
         self._stamps = found if isinstance(found, dict) else {}
 
@@ -204,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path))
         old = "sha256" not in manifest and not manifest.keys() - UNHASHED
         if not old and manifest["sha256"] != manifest_sha256(manifest):
             raise ValueError("its SHA-256 is wrong")

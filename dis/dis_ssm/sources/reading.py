@@ -65,6 +65,11 @@ def read_text(path: Path) -> str:
         return read_bytes(path).decode()
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; FileError naming it."""
+    return parse_json(read_text(path), path)
+
+
 def check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
     if size > most:
         raise ValueError(f"it has {size:,} bytes, more than {most:,}")
