@@ -337,7 +337,7 @@ def weights(raw: bytes) -> Iterator[Damage]:
     for i, content in enumerate(hostile_pickles()):
         yield Damage(f"hostile pickle {i}", content)
     deep: list = []
-    for _ in range(900):  # more is beyond Python's own pickler
+    for _ in range(200):  # more is beyond Python's own pickler
         deep = [deep]
     yield Damage("deep", saved(deep))
     yield Damage("deep pickle", b"\x80\x02" + b"(" * DEEP + b"l" * DEEP + b".")
