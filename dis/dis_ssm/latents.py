@@ -27,7 +27,7 @@ from dis_ssm.checkpoint import write_json
 from dis_ssm.data import NO_LABEL, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import to_uint8
-from dis_ssm.sources.reading import FileError, read_json, read_text
+from dis_ssm.sources.reading import FileError, read_bytes, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -205,7 +205,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(read_text(path))
+        manifest = json.loads(read_bytes(path).decode())
         old = "sha256" not in manifest and not manifest.keys() - UNHASHED
         if not old and manifest["sha256"] != manifest_sha256(manifest):
             raise ValueError("its SHA-256 is wrong")
