@@ -53,7 +53,7 @@ from latent_helpers import make_vae
 pytestmark = pytest.mark.filterwarnings("default")
 
 SIDE, SECONDS = 8, 10
-FEW = 2  # of each rule and file, unless every one is asked for (-m slow)
+FEW = 1  # of each rule and file, unless every one is asked for (-m slow)
 NEVER = "$^"
 VOLATILE = {"seconds", "run", "versions", "checkpoint", "reference", "samples", "source"}
 
