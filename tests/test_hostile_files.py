@@ -530,7 +530,7 @@ def judge(subject: Subject, damage: Damage, found, place: Path, before: dict, so
 
 
 def test_there_are_many(place):
-    counts = [
-        sum(1 for _ in rule((place / s.file).read_bytes())) for s in SUBJECTS for rule in s.rules
-    ]
-    assert sum(counts) >= 150
+    files = {subject.file: (place / subject.file).read_bytes() for subject in SUBJECTS}
+    counts = [len([*rule(files[s.file])]) for s in SUBJECTS for rule in s.rules]
+    print(sum(counts), "in all")
+    assert sum(min(FEW, count) for count in counts) >= 150
