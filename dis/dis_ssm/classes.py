@@ -1,6 +1,7 @@
 """The names of a run's classes, RUN/classes.json: a list, whose order is that of the labels."""
 
 import difflib
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def keep_class_names(run: Path, names: Sequence[str]) -> None:
 def class_names(run: Path) -> tuple[str, ...]:
     """The names that `run` keeps; none if it has none, as runs of version 0.1.0."""
     path = run / CLASSES
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ()
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

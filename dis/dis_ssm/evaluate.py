@@ -42,7 +42,7 @@ from dis_ssm.metrics import (
     require_scikit_learn,
 )
 from dis_ssm.ops.backend import check_forced
-from dis_ssm.reading import read_json
+from dis_ssm.reading import FileError, read_json
 from dis_ssm.sampling import image_generators
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
@@ -175,7 +175,7 @@ def _known(path: Path, made: dict[str, Any]) -> dict | None:
     """The scores in `path`, if they were made so."""
     try:
         scores = read_json(path)
-    except ValueError:
+    except FileError:
         return None
     if not isinstance(scores, dict) or any(scores.get(k) != v for k, v in made.items()):
         return None

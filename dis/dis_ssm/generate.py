@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dis_ssm.batches import derive_seed
-from dis_ssm.checkpoint import drafted, load_model, write_json
+from dis_ssm.checkpoint import check_writable, drafted, load_model, write_json
 from dis_ssm.config import Config, SampleConfig, build_diffusion
 from dis_ssm.distributed import World
 from dis_ssm.hf import vae_scale
@@ -39,7 +39,7 @@ from dis_ssm.images import (
 )
 from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
 from dis_ssm.ops.backend import check_forced
-from dis_ssm.reading import read_json, sha256
+from dis_ssm.reading import FileError, read_json, sha256
 from dis_ssm.runs import locked
 
 NO_VAE = "none"
@@ -146,6 +146,7 @@ def generate(
     parts, record = out.with_suffix(".parts"), out.with_suffix(".json")
     pictures = out.with_suffix("") if png else None
     with world.together():
+        check_writable(record)
         same = world.main and _is_whole(out, record, plan)
     if world.gather(same and _pictured(pictures, range(num)))[0]:
         return
@@ -171,6 +172,7 @@ def draw_grid(
     NAME.png.json records `plan`; a grid of the same plan is left as it is.
     """
     record = out.with_name(f"{out.name}.json")
+    check_writable(record)
     if _is_whole(out, record, plan):
         return
     labels, columns = label_columns(settings.num, classes)
@@ -253,7 +255,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
     """What is known of a set; nothing if the file is missing or damaged."""
     try:
         found = read_json(path)
-    except ValueError:
+    except FileError:
         return {}
     return found if isinstance(found, dict) else {}
 

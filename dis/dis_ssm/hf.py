@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from dis_ssm.metrics.compat import declare_torchvision_operators
@@ -53,7 +52,9 @@ def load_vae(
             raise OSError("there is no such folder")
         else:
             found = _from_hub(AutoencoderKL, source, options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a damaged config or file of weights fails in any way it likes
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(
             f"cannot load VAE {source!r}: {reason}. Give the folder of an AutoencoderKL, with its "

@@ -27,7 +27,7 @@ from dis_ssm.checkpoint import write_json
 from dis_ssm.data import NO_LABEL, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import to_uint8
-from dis_ssm.reading import read_json, sha256
+from dis_ssm.reading import FileError, read_json, sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -111,9 +111,10 @@ class Verified:
 
     def __init__(self, folder: Path):
         self.folder, self._seen = folder, set()
-        found = None
-        with contextlib.suppress(ValueError):
+        try:
             found = read_json(folder / VERIFIED)
+        except FileError:
+            found = None
         self._stamps = found if isinstance(found, dict) else {}
 
     def require(self, record: dict[str, Any]) -> None:

@@ -42,13 +42,6 @@ def parse_json(text: str | bytes, where: object) -> Any:
         return json.loads(text)
 
 
-def read_json(path: Path) -> Any:
-    """FileError naming it for a file that is missing, irregular, too large, or no JSON in UTF-8."""
-    with parsing(f"cannot read {path}"):
-        raw = read_bytes(path)
-    return parse_json(raw, path)
-
-
 def check_regular(path: Path) -> None:
     """FileError for a FIFO, a socket or a device, without opening it: reading could hang."""
     if not path.is_file():
@@ -73,6 +66,11 @@ def read_text(path: Path) -> str:
     """A text file in UTF-8; FileError naming it."""
     with parsing(f"cannot read {path}"):
         return read_bytes(path).decode()
+
+
+def read_json(path: Path) -> Any:
+    """FileError naming it for a file that is missing, irregular, too large, or no JSON in UTF-8."""
+    return parse_json(read_text(path), path)
 
 
 def sha256(path: Path) -> str:

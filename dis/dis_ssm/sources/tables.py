@@ -16,6 +16,7 @@ from dis_ssm.reading import (
     check_size,
     parse_json,
     parsing,
+    read_json,
     reason,
 )
 from dis_ssm.sources.base import NO_LABEL, Files, PerThread
@@ -265,6 +266,9 @@ def arrow(path: Path, split: str) -> Files:
     datasets = _need("datasets")
     for file in path.glob("**/*.arrow"):
         check_regular(file)
+    for file in path.glob("**/*.json"):
+        if not isinstance(read_json(file), dict):
+            raise FileError(f"{file} holds no object: get it again")
     with parsing(f"{path} is not a whole save_to_disk folder"):
         found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.DatasetDict):
