@@ -1,6 +1,5 @@
 """The names of a run's classes, RUN/classes.json: a list, whose order is that of the labels."""
 
-import difflib
 import os
 import warnings
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dis_ssm.checkpoint import write_json
+from dis_ssm.nearest import nearest
 from dis_ssm.reading import read_json
 
 CLASSES = "classes.json"
@@ -78,7 +78,7 @@ def _label(wanted: str, names: Sequence[str], count: int) -> int:
     if number is not None or not names:
         hint = "" if names else "; this run keeps no names of classes, give numbers"
         raise ValueError(f"class {wanted} is not one of the model's {count} classes{hint}")
-    near = difflib.get_close_matches(wanted, names, n=3)
+    near = nearest(wanted, names)
     some = ", ".join(map(repr, near or names[:SHOWN]))
     more = "" if near or len(names) <= SHOWN else " ..."
     start = "did you mean" if near else "there are"

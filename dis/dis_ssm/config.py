@@ -8,12 +8,12 @@ A key that no section has, or a value of the wrong type, is a ValueError.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 
 from dis_ssm.diffusion import Diffusion
 from dis_ssm.model import LARGEST_SIDE, MOST_CLASSES, DiS, DiS_models, create_model
+from dis_ssm.nearest import nearest
 from dis_ssm.reading import parsing, read_json, read_text
 
 Schedule = Literal["linear", "cosine"]
@@ -462,15 +463,15 @@ def _convert_section(values: Any, section: type, name: str) -> Any:
 def _suggest(key: str, hints: dict[str, Any], prefix: str) -> str:
     known = flat(to_dict(Config()))
     elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == key]
-    near = _near(key, {k: None for k in hints}, prefix)
+    near = _near(key, hints, prefix)
     if elsewhere:
         return f"did you mean {elsewhere[0]!r}?"
     return near or f"known here: {', '.join(hints)}"
 
 
-def _near(key: str, known: dict[str, Any], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {prefix + matches[0]!r}?" if matches else ""
+def _near(key: str, known: Iterable[str], prefix: str = "") -> str:
+    found = nearest(key, known)
+    return f"did you mean {prefix + found[0]!r}?" if found else ""
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
