@@ -1,5 +1,6 @@
 """The latent cache: what the VAE says, whatever stops the encoding, no damage unnoticed."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -12,8 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dis_ssm import cli, hf
+from dis_ssm.batches import open_run
 from dis_ssm.checkpoint import save_checkpoint
-from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, build_model
+from dis_ssm.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    SampleConfig,
+    build_model,
+    differences,
+)
 from dis_ssm.data import open_dataset
 from dis_ssm.encoding import posterior_moments
 from dis_ssm.hf import load_vae, vae_hash
@@ -334,6 +343,58 @@ def test_sample_says_so_where_the_vae_has_gone(run, vae_folder, tmp_path, capsys
         assert "warning" not in capsys.readouterr().err
     finally:
         moved.rename(vae_folder)
+
+
+@pytest.mark.parametrize(
+    "image_size, latents, drawn",
+    [(None, True, "float32"), (256, None, "float32"), (8, None, "uint8"), (None, False, "uint8")],
+)
+def test_a_run_whose_data_has_gone_draws_what_its_config_says(
+    tmp_path, capsys, image_size, latents, drawn
+):
+    run = untrained(tmp_path / "run", source="/gone", image_size=image_size, latents=latents)
+    out = tmp_path / "set.npz"
+    assert cli.main(["sample", str(run), "--num", "2", "--out", str(out)]) == 0
+    assert ("draws latents and no VAE" in capsys.readouterr().err) == (drawn == "float32")
+    with np.load(out) as arrays:
+        assert arrays["arr_0"].dtype == drawn
+
+
+def test_a_run_is_not_taken_for_one_of_pixels_where_nothing_tells(tmp_path, capsys):
+    run, out = untrained(tmp_path / "run", source="/gone"), tmp_path / "set.npz"
+    arguments = ["sample", str(run), "--num", "2", "--device", "cpu", "--out", str(out)]
+    assert cli.main(arguments) == 2 and not out.exists()
+    error = capsys.readouterr().err
+    assert "/gone has gone" in error and "give --vae" in error
+    vae = make_vae(tmp_path / "vae", latent_channels=3)
+    assert cli.main([*arguments, "--vae", str(vae)]) == 0
+    with np.load(out) as arrays:
+        assert arrays["arr_0"].shape == (2, 16, 16, 3)
+
+
+def untrained(folder, **data):
+    """A run of a model that draws 3 x 8 x 8."""
+    shape = {"num_classes": 0, "in_channels": 3, "input_size": (8, 8)}
+    model = ModelConfig(hidden_size=16, depth=1, patch_size=4, d_state=4, **shape)
+    config = Config(folder, model, data=DataConfig(**data), sample=SampleConfig(steps=2))
+    weights = build_model(config).state_dict()
+    parts = {"model": weights, "ema": weights, "optimizer": {}}
+    save_checkpoint(folder, 1, parts, config, {}, 1)
+    return folder
+
+
+def test_what_was_learned_is_kept_in_the_config(whole):
+    model = ModelConfig(hidden_size=16, depth=1, patch_size=4)
+    config = Config(model=model, data=DataConfig(source=str(whole)))
+    resolved, _ = open_run(config)
+    assert resolved.data.latents is True
+    assert differences(config, resolved) == [
+        f"model.{name}: None -> {value}"
+        for name, value in (("num_classes", 2), ("in_channels", 4), ("input_size", [16, 16]))
+    ]  # a run of 0.1.0 goes on
+    images = dataclasses.replace(config, data=DataConfig(source=str(whole), latents=False))
+    with pytest.raises(ValueError, match="data.latents is False but"):
+        open_run(images)
 
 
 def test_evaluate_decodes_with_the_vae_that_is_given(run, vae_folder, source, tmp_path, capsys):

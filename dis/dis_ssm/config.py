@@ -127,6 +127,7 @@ class DataConfig:
     vae: str | None = None  # decodes latents for previews and scores; None: that of the cache
     background: Literal["white", "black", "drop"] = "white"  # of images with alpha; drop: ignore it
     relabel: bool = False  # map the labels that occur to 0, 1, ... where they have holes
+    latents: bool | None = None  # whether source is a latent cache; None: as found
 
     def __post_init__(self):
         _positive(self, "image_size", "workers")
@@ -318,6 +319,8 @@ def differences(old: Config, new: Config) -> list[str]:
     """
     before, after = flat(to_dict(old)), flat(to_dict(new))
     free = set(FREE_ON_RESUME)
+    if old.data.latents is None:  # 0.1.0 did not say
+        free.add("data.latents")
     if new.train.lr_schedule == "constant" and new.train.steps > old.train.steps:
         free.add("train.steps")
     return [
@@ -327,8 +330,22 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def resolve(config: Config, *, channels: int, height: int, width: int, num_classes: int) -> Config:
-    """Fill what the model takes from the data. ValueError where the two contradict each other."""
+def resolve(
+    config: Config,
+    *,
+    channels: int,
+    height: int,
+    width: int,
+    num_classes: int,
+    latents: bool = False,
+) -> Config:
+    """Fill what follows from the data. ValueError where the two contradict each other."""
+    if config.data.latents not in (None, latents):
+        what = "a latent cache" if latents else "not a latent cache"
+        raise ValueError(
+            f"data.latents is {config.data.latents} but {config.data.source} is {what}: leave it "
+            f"unset to follow the data"
+        )
     model, found = config.model, {"in_channels": channels, "input_size": (height, width)}
     for name, value in found.items():
         if getattr(model, name) not in (None, value):
@@ -343,7 +360,9 @@ def resolve(config: Config, *, channels: int, height: int, width: int, num_class
             f"unset to follow the data, or set 0 to ignore labels"
         )
     config = dataclasses.replace(
-        config, model=dataclasses.replace(model, num_classes=wanted, **found)
+        config,
+        model=dataclasses.replace(model, num_classes=wanted, **found),
+        data=dataclasses.replace(config.data, latents=latents),
     )
     check_guidance(config, config.sample.cfg_scale)
     check_guided_channels(config, config.sample)

@@ -234,7 +234,7 @@ def evaluate_drawn(
         raise ValueError(
             f"{run} draws latents and no VAE decodes them: give --vae a folder or hub id"
         )
-    if reference is None and is_cache(config.data.source):
+    if reference is None and (config.data.latents or is_cache(config.data.source)):
         raise ValueError(f"{run} learned from latents: give a REFERENCE, images or statistics")
     settings = sample_settings(
         config,

@@ -31,13 +31,12 @@ from dis_ssm.config import Config, SampleConfig, build_diffusion
 from dis_ssm.distributed import World
 from dis_ssm.hf import vae_scale
 from dis_ssm.images import (
-    VISIBLE_CHANNELS,
     draw_samples,
     label_columns,
     save_images,
     to_uint8,
 )
-from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder
+from dis_ssm.latents import cached_vae, decode, learned_latents, load_decoder
 from dis_ssm.ops.backend import check_forced
 from dis_ssm.reading import FileError, read_json, sha256
 from dis_ssm.runs import locked
@@ -59,8 +58,7 @@ class Artist:
     @property
     def visible(self) -> bool:
         """Whether the results are images (uint8), not latents (float32)."""
-        pixels = self.config.model.in_channels in VISIBLE_CHANNELS
-        return bool(self.vae) or (pixels and not is_cache(self.config.data.source))
+        return bool(self.vae) or not learned_latents(self.config)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -102,7 +100,8 @@ def open_artist(
     compiled: bool = False,
 ) -> Artist:
     """The artist of a checkpoint. `vae` is a folder, a hub id, "none", or None for the one of the
-    run's config or latent cache, if there is one."""
+    run's config or latent cache, if there is one. ValueError where there is none and nothing tells
+    whether the model draws images or latents."""
     check_forced()
     model, config = load_model(checkpoint, weights=weights, device=device)
     source = config.data.source
@@ -110,6 +109,8 @@ def open_artist(
     decoder = None
     if name and name != NO_VAE:
         decoder = load_decoder(name, source, config.model.in_channels, device)
+    else:
+        learned_latents(config)
     if compiled:
         model.compile()
     return Artist(model, config, decoder, device, precision)

@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dis_ssm.checkpoint import write_json
-from dis_ssm.data import NO_LABEL, ImageDataset
+from dis_ssm.config import Config
+from dis_ssm.data import NO_LABEL, SOURCES, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
-from dis_ssm.images import to_uint8
+from dis_ssm.images import VISIBLE_CHANNELS, to_uint8
 from dis_ssm.reading import FileError, read_json, sha256
 
 if TYPE_CHECKING:
@@ -135,6 +136,26 @@ class Verified:
 
 def is_cache(source: str | Path) -> bool:
     return (Path(source).expanduser() / MANIFEST).is_file()
+
+
+def learned_latents(config: Config) -> bool:
+    """Whether the model of a run draws latents: as its config says or, in runs of 0.1.0, as its
+    data shows. ValueError when that has gone and nothing else tells."""
+    model, data = config.model, config.data
+    if model.in_channels not in VISIBLE_CHANNELS:
+        return True
+    if data.latents is not None:
+        return data.latents
+    if data.source in SOURCES:
+        return False
+    if Path(data.source).expanduser().exists():
+        return is_cache(data.source)
+    if data.image_size is None:
+        raise ValueError(
+            f"{data.source} has gone, and the run does not say whether that was images or latents: "
+            f"restore it, or give --vae what decodes its latents"
+        )
+    return model.input_size != (data.image_size, data.image_size)
 
 
 def open_cache(folder: str | Path) -> LatentDataset:
