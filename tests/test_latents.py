@@ -393,7 +393,7 @@ def test_what_was_learned_is_kept_in_the_config(whole):
         for name, value in (("num_classes", 2), ("in_channels", 4), ("input_size", [16, 16]))
     ]  # a run of 0.1.0 goes on
     images = dataclasses.replace(config, data=DataConfig(source=str(whole), latents=False))
-    with pytest.raises(ValueError, match="data.latents is False but"):
+    with pytest.raises(ValueError, match="latents is False but"):
         open_run(images)
 
 

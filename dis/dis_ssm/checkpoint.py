@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from dis_ssm.config import MOST_STEPS, Config, build_model, from_saved, to_dict
 from dis_ssm.distributed import ALONE, World, fill
 from dis_ssm.model import DiS
-from dis_ssm.reading import sha256
+from dis_ssm.reading import FileError, read_json, sha256
 from dis_ssm.version import __version__
 
 FORMAT = 1
@@ -142,9 +142,11 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{folder / STATE} was cut short or altered: its SHA-256 is wrong, or {COMPLETE} was"
         )
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
         _check_state(state)
-    except (ValueError, RecursionError) as error:
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
         raise CheckpointError(f"{folder / STATE} cannot be used: {error}") from error
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}")
