@@ -28,6 +28,7 @@ from dis_ssm.reading import parsing, read_json, read_text
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
 RUN_CONFIG = "config.json"  # what a run saves
+CONVERTED = "unknown"  # data.source of a converted run
 SIZES = ("hidden_size", "depth", "patch_size")
 MOST_IMAGES = 10**9  # of a set, a batch or a preview
 MOST_BLOCKS = 10**4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dis_ssm.checkpoint import complete_checkpoints, save_checkpoint
-from dis_ssm.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from dis_ssm.config import CONVERTED, Config, DataConfig, DiffusionConfig, ModelConfig
 from dis_ssm.model import DiS
 from dis_ssm.runs import exclusive
 
@@ -104,14 +104,16 @@ def _fit(content, name: str, notes: list[str], input_size) -> tuple[DiS, list[st
         if theirs not in state:
             continue
         tensor = state[theirs].detach().clone()
+        if tensor.is_meta:
+            problems.append(f"has {theirs} without its numbers, a meta tensor")
+            continue
+        if tensor.layout is not torch.strided:
+            problems.append(f"has {theirs} of layout {tensor.layout}, expected a dense tensor")
+            continue
         tensors[name] = tensor.squeeze(1) if name.endswith("conv_weight") else tensor
         if tensors[name].shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             problems.append(f"has {theirs} of shape {shapes}")
-        elif tensor.is_meta:
-            problems.append(f"has {theirs} without its numbers, a meta tensor")
-        elif tensor.layout is not torch.strided:
-            problems.append(f"has {theirs} of layout {tensor.layout}, expected a dense tensor")
         elif not tensor.is_floating_point():
             problems.append(f"has {theirs} of dtype {tensor.dtype}, expected floating point")
         elif not tensor.isfinite().all():
@@ -148,7 +150,7 @@ def convert_file(
     config = Config(
         out=run,
         model=ModelConfig(**sizes),
-        data=DataConfig(source="unknown"),
+        data=DataConfig(source=CONVERTED),
         diffusion=DiffusionConfig(learn_sigma=model.learn_sigma),
     )
     with exclusive(run):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dis_ssm.metrics.compat import declare_torchvision_operators
+from dis_ssm.reading import read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -47,6 +48,7 @@ def load_vae(
         if folder.is_dir():
             inner = folder / "vae"
             folder = inner if (inner / "config.json").is_file() else folder
+            _check_config(folder / "config.json")
             found = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, **options)
         elif folder.exists() or not HUB_ID.fullmatch(source):
             raise OSError("there is no such folder")
@@ -64,6 +66,16 @@ def load_vae(
     if absent := sorted(report["missing_keys"]):
         raise ValueError(f"VAE {source!r} is not an AutoencoderKL, or incomplete: no {absent[0]}")
     return vae.requires_grad_(False).eval().to(device)
+
+
+def _check_config(path: Path) -> None:
+    """ValueError for what diffusers would take: no object, or no groups to normalise."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} holds no object")
+    groups = config.get("norm_num_groups", 1)
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"norm_num_groups is {groups!r} in {path.name}")
 
 
 def _from_hub(cls: type, name: str, options: dict):

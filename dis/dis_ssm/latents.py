@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dis_ssm.checkpoint import write_json
-from dis_ssm.config import Config
+from dis_ssm.config import CONVERTED, Config
 from dis_ssm.data import NO_LABEL, SOURCES, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
 from dis_ssm.images import VISIBLE_CHANNELS, to_uint8
@@ -146,7 +146,7 @@ def learned_latents(config: Config) -> bool:
         return True
     if data.latents is not None:
         return data.latents
-    if data.source in SOURCES:
+    if data.source in (CONVERTED, *SOURCES):
         return False
     if Path(data.source).expanduser().exists():
         return is_cache(data.source)
@@ -234,8 +234,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("its SHA-256 is wrong")
         found, _ = manifest["format"], [manifest[key] for key in KEYS]
         shards = [[record[key] for key in RECORD] for record in manifest["shards"]]
+        counts = {name: manifest[name] for name in ("source_images", "images", "shard_size")}
+        if wrong := [name for name, count in counts.items() if type(count) is not int]:
+            raise ValueError(f"{wrong[0]} is no number: {counts[wrong[0]]!r}")
         if manifest["shard_size"] < 1 or manifest["source_images"] < len(shards):
             raise ValueError("its numbers cannot be")
+        latent_scale(manifest["vae"])
         names = [record["name"] for record in manifest["shards"]]
         if wrong := [name for name in names if not _is_file_name(name)]:
             raise ValueError(f"shard {wrong[0]!r} is no file name")
@@ -250,8 +254,19 @@ def latent_scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(shift, scale), float32 (1 or C, 1, 1): model space is (z - shift) * scale.
 
     shift_factor (0 if None) and scaling_factor of a VAE's config; where it has latents_mean and
-    latents_std, one of each a channel, these and scaling_factor / latents_std.
+    latents_std, one of each a channel, these and scaling_factor / latents_std. ValueError where
+    they are no finite numbers.
     """
+    try:
+        shift, scale = _latent_scale(config)
+    except (KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"the VAE's scaling_factor, shift_factor: {error!r}") from error
+    if not (shift.isfinite().all() and scale.isfinite().all() and (scale != 0).all()):
+        raise ValueError(f"the VAE's scaling_factor, shift_factor are {scale}, {shift}")
+    return shift, scale
+
+
+def _latent_scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     shift, scale = config["shift_factor"] or 0.0, config["scaling_factor"]
     if config["latents_mean"] is not None and config["latents_std"] is not None:
         shift, scale = config["latents_mean"], [scale / std for std in config["latents_std"]]
@@ -288,6 +303,10 @@ def load_decoder(
     encoded with another encoder. ValueError when the VAE has other latent channels."""
     model = load_vae(vae, device)
     _check_channels(model, channels)
+    try:
+        latent_scale(model.config)
+    except ValueError as error:
+        raise ValueError(f"cannot use VAE {str(vae)!r}: {error}") from error
     if is_cache(source):
         known = read_manifest(Path(source).expanduser())["vae"]
         if any(known[name] != value for name, value in vae_hash(model).items()):
