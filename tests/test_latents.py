@@ -30,6 +30,7 @@ from dis_ssm.images import make_grid, to_model_space
 from dis_ssm.latents import (
     decode,
     latent_scale,
+    load_decoder,
     manifest_sha256,
     open_cache,
     read_manifest,
@@ -343,6 +344,25 @@ def test_sample_says_so_where_the_vae_has_gone(run, vae_folder, tmp_path, capsys
         assert "warning" not in capsys.readouterr().err
     finally:
         moved.rename(vae_folder)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("x", "config.json holds no object"),
+        ({"norm_num_groups": -1}, "norm_num_groups is -1"),
+        ({"scaling_factor": "x"}, "scaling_factor"),
+        ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": float("nan")}, "scaling_factor"),
+    ],
+)
+def test_a_vae_whose_config_cannot_be_is_refused(vae_folder, tmp_path, config, words):
+    path = shutil.copytree(vae_folder, tmp_path / "vae") / "config.json"
+    if isinstance(config, dict):
+        config = json.loads(path.read_text()) | config
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"VAE '.*{words}"):
+        load_decoder(path.parent, "digits", 4, "cpu")
 
 
 @pytest.mark.parametrize(
