@@ -201,7 +201,7 @@ def toml_lines(raw: bytes) -> Iterator[Damage]:
             return "\n".join([*lines[:i], *new, *lines[i + 1 :]]).encode()
 
         yield Damage(f"cut {key}", "\n".join([*lines[:i], f"{key} ="]).encode())
-        yield Damage(f"doubled {key}", with_line(line, line), key)
+        yield Damage(f"doubled {key}", with_line(line, line))  # tomllib names the line
         number = value.replace(".", "").isdecimal()
         yield Damage(f"other {key}", with_line(f"{key} = " + ("{}", '"x"')[number]), key)
         if number:

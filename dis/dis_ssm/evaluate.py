@@ -112,6 +112,13 @@ def evaluate_run(
         )
         for split in ("train", "heldout")
     )
+    drawn = (config.model.in_channels, *config.model.input_size)
+    shape = (heldout.channels, heldout.height, heldout.width)
+    if shape != drawn:
+        raise ValueError(
+            f"{config.data.source} has images of shape {shape}, and {run} draws {drawn}: that is "
+            f"not the data that it learned from"
+        )
     if min(len(train), len(heldout)) < 2:
         raise ValueError(f"{config.data.source}: a distance needs 2 images or more of each split")
     if bound_terms > (most := 2 * (diffusion.num_steps - 1)):
@@ -130,7 +137,6 @@ def evaluate_run(
         require_scikit_learn()  # before the minutes of sampling, not after them
 
     labels, _ = label_columns(num, list(range(num_classes)))
-    shape = (heldout.channels, heldout.height, heldout.width)
     passes = settings.steps * -(-num // settings.batch_size)
     with _watched(model, passes, "sample", progress):
         samples = draw_images(model, diffusion, shape, range(num), labels, settings)

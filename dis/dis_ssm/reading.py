@@ -37,9 +37,18 @@ def reason(error: Exception) -> str:
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """FileError naming `where` for what is no JSON in UTF-8, or too deep."""
+    """FileError naming `where` for what is no JSON in UTF-8, too deep, or names a key twice."""
     with parsing(f"{where} is not valid JSON"):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {twice!r} twice")
+    return found
 
 
 def check_regular(path: Path) -> None:
