@@ -267,6 +267,8 @@ def test_folders_that_are_no_cache_are_left_alone(tmp_path, source, vae_folder):
         {"shards": [{}]},
         {"shards": None},
         {"source_images": float("inf")},
+        {"source_images": 2**70},
+        {"shards": []},
         {"vae": None},
         {"vae": {"shift_factor": None, "latents_mean": None, "scaling_factor": {}}},
     ],

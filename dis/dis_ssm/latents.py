@@ -40,6 +40,7 @@ KEYS += ("complete",)
 UNHASHED = {"format", "source", "split", "image_size", "crop", "labels_sha256", "precision"}
 UNHASHED |= {"versions", *KEYS}  # all that a manifest of 0.1.0 holds
 RECORD = ("name", "images", "bytes", "sha256", "corrupt")  # of a shard
+MOST_SHARDS = 10**6
 FLIPS = 2  # the image, its mirror image
 CHUNK = 256  # images looked at together
 AGAIN = "the same dis-ssm encode again mends it"
@@ -239,6 +240,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{wrong[0]} is no number: {counts[wrong[0]]!r}")
         if manifest["shard_size"] < 1 or manifest["source_images"] < len(shards):
             raise ValueError("its numbers cannot be")
+        count = -(-counts["source_images"] // counts["shard_size"])
+        if count > MOST_SHARDS or (manifest["complete"] and not shards):
+            raise ValueError(f"it lists {len(shards)} shards and is for {count}")
         latent_scale(manifest["vae"])
         names = [record["name"] for record in manifest["shards"]]
         if wrong := [name for name in names if not _is_file_name(name)]:
