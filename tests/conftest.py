@@ -7,10 +7,11 @@ import os
 import shutil
 import signal
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
+
+from command_helpers import Began, Late, Outcome
 
 
 def pytest_collection_modifyitems(config, items):
@@ -145,34 +146,6 @@ def assert_same_bits(assert_close):
             assert same, f"{name} differs in its bits"
 
     return check
-
-
-class Outcome(NamedTuple):
-    """How a command line ended; `status` is None where its work began and was not let to go on."""
-
-    status: int | None
-    out: str
-    err: str
-
-    @property
-    def problem(self) -> str | None:
-        """What is wrong with how it was refused or accepted."""
-        if "Traceback" in self.err:
-            return "a traceback"
-        if self.status is None:
-            return None
-        if self.status == 0:
-            return None if self.out.strip() else "exit status 0 and nothing said"
-        errors = self.err.count("dis-ssm: error:")
-        return None if errors == 1 or "For full helptext" in self.err else f"{errors} errors"
-
-
-class Began(BaseException):
-    """The command took its arguments and started to compute."""
-
-
-class Late(BaseException):
-    """The command took too long."""
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ work, and leaves nothing behind."""
 import dataclasses
 import inspect
 import os
-import shutil
-import stat
 import subprocess
 import sys
 import types
@@ -18,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from command_helpers import contents, released_weights, tidy
 from dis_ssm.cli import entry
 from dis_ssm.cli.evaluate import ALONE, DRAWN
 from dis_ssm.config import Config
@@ -201,34 +200,6 @@ def place(tmp_path_factory):
     os.mkfifo(folder / "pipe")
     torch.save(released_weights(), folder / "weights.pt")
     return folder
-
-
-def released_weights() -> dict[str, torch.Tensor]:
-    """A released model of one block, all zero, by the names that its conversion asks for."""
-    from dis_ssm.convert import _released_name
-    from dis_ssm.model import DiS
-
-    sizes = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 1}
-    state = DiS(**sizes, num_classes=0).state_dict()
-    released = {_released_name(name, 1): tensor for name, tensor in state.items()}
-    return {n: t[:, None] if "conv1d" in n and t.dim() == 2 else t for n, t in released.items()}
-
-
-def contents(folder: Path) -> dict[str, tuple]:
-    found = {}
-    for base, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(base, name)
-            status = os.lstat(path)
-            size = None if stat.S_ISDIR(status.st_mode) else (status.st_size, status.st_mtime_ns)
-            found[path] = (status.st_mode, size)
-    return found
-
-
-def tidy(before: dict[str, tuple], after: dict[str, tuple]) -> None:
-    for path in sorted(after.keys() - before.keys()):
-        if os.path.lexists(path):
-            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 @pytest.fixture

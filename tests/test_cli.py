@@ -386,7 +386,7 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["scores"]["fd_pixels"]["value"] < 1e-9
     capsys.readouterr()
     assert main(["evaluate", a]) == 2
-    assert "what to compare them with" in capsys.readouterr().err
+    assert "say what to compare it with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -399,6 +399,13 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
         ),
         (["{a}", "{b}", "--extractor", "pixels", "--batch-size", "0"], "batch_size is 0"),
         (["{a}", "{b}", "--image-size", "8"], "is taken as it is"),
+        (["{a}", "{a}", "--num", "600"], "--num has no meaning where images are scored"),
+        (["{a}", "{b}", "--vae", "x/y"], "--vae has no meaning where images are scored"),
+        (["{run}", "--vae", "x/y"], "--vae has no meaning where a run is scored without"),
+        (["{run}", "{a}", "--num", "1"], "is 1 image: a distance needs 2 or more"),
+        (["{run}", "{run}"], "is a run, not images: give images, such as"),
+        (["{run}", "{run}/checkpoints/00000002"], "is a run, not images"),
+        (["{a}", "{run}", "--image-size", "8"], "is a run, not images"),
         (["{run}", "{a}", "--keep"], "--keep has no meaning where a run is scored by"),
         (["{run}", "--extractor", "pixels", "--weights", "x"], "takes no weights"),
         (["{a}", "{b}", "--out", "{a}"], "ends in .json"),
@@ -411,7 +418,8 @@ def test_evaluate_refuses_what_it_would_ignore_or_destroy(run, tmp_path, capsys,
         np.savez(places[name], np.zeros((4, 8, 8, 1), np.uint8))
     before = {name: places[name].read_bytes() for name in "ab"}
     assert main(["evaluate", *(argument.format(**places) for argument in arguments)]) == 2
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error and "object at" not in error
     assert before == {name: places[name].read_bytes() for name in "ab"}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -117,6 +118,19 @@ def test_there_must_be_something_to_extend(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample"])
+def test_a_folder_is_no_run_for_a_config_that_cannot_be_read(tmp_path, capsys, command):
+    deep, pipe = tmp_path / "deep", tmp_path / "pipe"
+    for folder in (deep, pipe):
+        folder.mkdir()
+    (deep / "config.json").write_text("[" * 100_000)
+    os.mkfifo(pipe / "config.json")  # reading it would wait for ever
+    for folder in (deep, pipe):
+        assert main([command, str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error and error.count("\n") == 1
+
+
 # ---- classes -------------------------------------------------------------------------------
 
 
@@ -213,6 +227,8 @@ def test_a_run_is_scored_by_an_extractor_and_against_a_reference(run, photos, tm
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["sample", "{run}", "--cfg-channels", "1"], "cfg_channels has no effect while cfg_scale"),
+        (["sample", "{run}", "--cfg-interval", "0", "9"], "cfg_interval has no effect while"),
         (["sample", "{run}", "--steps", "51"], "sample.steps 51 exceeds diffusion.num_steps 50"),
         (["evaluate", "{run}", "--steps", "51"], "steps 51 exceeds"),
         (["evaluate", "{run}", "/nonexistent"], "/nonexistent"),
@@ -258,7 +274,10 @@ def test_a_backend_that_does_not_exist_is_refused_first(
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--score.reference", "/nonexistent", "--score.extractor", "pixels"], "/nonexistent"),
+        (
+            ["--score.reference", "/nonexistent", "--score.extractor", "pixels"],
+            "(score.reference): ",
+        ),
         (["--score.weights", "/nonexistent"], "no file of weights at /nonexistent"),
     ],
 )
@@ -267,6 +286,14 @@ def test_scores_that_could_not_be_made_are_refused_before_training(tmp_path, cap
     scoring = ["--score.every", "1", *flags]
     assert main(["train", "digits", "--out", str(out), *scoring]) == 2
     assert words in capsys.readouterr().err and not out.exists()
+
+
+def test_settings_of_scores_that_are_never_made_are_named(photos, tmp_path, capsys):
+    flags = ["--data.source", str(photos), "--train.steps", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", *TINY, *flags, "--score.num", "20"]) == 0
+    assert "no scores: score.every is 0" in capsys.readouterr().out
+    assert main(["train", *TINY, *flags[:-1], str(tmp_path / "other")]) == 0
+    assert "no scores" not in capsys.readouterr().out
 
 
 def test_missing_weights_and_biases_leave_no_folder(tmp_path, monkeypatch, capsys):

@@ -347,6 +347,11 @@ def test_input_size_must_fit_the_positions():
             torch.ones(32).to_sparse(),
             r"layout torch\.sparse_coo, expected a dense",
         ),
+        (
+            "mid_block.mixer.conv1d.weight",
+            torch.ones(32, 1, 4).to_sparse(),
+            r"layout torch\.sparse_coo",
+        ),
         ("norm_f.weight", torch.ones(32).long(), r"dtype torch\.int64, expected floating point"),
     ],
 )

@@ -32,8 +32,9 @@ WHOLE = {"format": 1, "step": 1, "config": {}, "versions": {}, "trainer": {}, "f
         *((json.dumps({k: v for k, v in WHOLE.items() if k != name}), name) for name in WHOLE),
         (json.dumps([]), "a list, not an object"),
         (json.dumps(WHOLE | {"files": {"ema.safetensors": 3}}), "ema.safetensors"),
-        ("[" * 100_000, "cannot be used"),
-        ("{", "cannot be used"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        (json.dumps(WHOLE)[:-1] + ', "format": 1}', "it names 'format' twice"),
     ],
 )
 def test_a_state_of_another_shape_is_one_error(tmp_path, text, words):

@@ -18,8 +18,8 @@ from dis_ssm.batches import open_run
 from dis_ssm.config import DataConfig, differences, from_dict, from_saved, to_dict
 from dis_ssm.data import open_dataset
 from dis_ssm.metrics.readers import open_images
+from dis_ssm.reading import MAX_FILE_BYTES, MAX_PIXELS
 from dis_ssm.sources.decode import FORMATS, UnreadableImage, decode
-from dis_ssm.sources.reading import MAX_FILE_BYTES, MAX_PIXELS
 
 SIZE = 8
 WHITE, BLACK = (255,) * 3, (0,) * 3

@@ -1,5 +1,6 @@
 """The latent cache: what the VAE says, whatever stops the encoding, no damage unnoticed."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -12,8 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dis_ssm import cli, hf
+from dis_ssm.batches import open_run
 from dis_ssm.checkpoint import save_checkpoint
-from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, build_model
+from dis_ssm.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    SampleConfig,
+    build_model,
+    differences,
+)
 from dis_ssm.data import open_dataset
 from dis_ssm.encoding import posterior_moments
 from dis_ssm.hf import load_vae, vae_hash
@@ -21,11 +30,12 @@ from dis_ssm.images import make_grid, to_model_space
 from dis_ssm.latents import (
     decode,
     latent_scale,
+    load_decoder,
     manifest_sha256,
     open_cache,
     read_manifest,
-    sha256,
 )
+from dis_ssm.reading import sha256
 from latent_helpers import (  # noqa: F401
     BATCH,
     BROKEN,
@@ -321,6 +331,105 @@ def test_sample_decodes_with_the_vae_of_the_cache_or_the_one_given(
     arguments = ["sample", str(run), "--num", "2", "--vae", str(three), "--device", "cpu"]
     assert cli.main(arguments) == 2
     assert "latents have 4 channels but the VAE decodes 3" in capsys.readouterr().err
+
+
+def test_sample_says_so_where_the_vae_has_gone(run, vae_folder, tmp_path, capsys):
+    moved, out = tmp_path / "moved", tmp_path / "set.npz"
+    arguments = ["sample", str(run), "--num", "2", "--device", "cpu", "--out", str(out)]
+    vae_folder.rename(moved)
+    try:
+        assert cli.main(arguments) == 0
+        assert "draws latents and no VAE is at hand" in capsys.readouterr().err
+        assert cli.main([*arguments, "--vae", "none"]) == 0
+        assert "warning" not in capsys.readouterr().err
+    finally:
+        moved.rename(vae_folder)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("x", "config.json holds no object"),
+        ({"norm_num_groups": -1}, "norm_num_groups is -1"),
+        ({"scaling_factor": "x"}, "scaling_factor"),
+        ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": float("nan")}, "scaling_factor"),
+    ],
+)
+def test_a_vae_whose_config_cannot_be_is_refused(vae_folder, tmp_path, config, words):
+    path = shutil.copytree(vae_folder, tmp_path / "vae") / "config.json"
+    if isinstance(config, dict):
+        config = json.loads(path.read_text()) | config
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"VAE '.*{words}"):
+        load_decoder(path.parent, "digits", 4, "cpu")
+
+
+@pytest.mark.parametrize(
+    "image_size, latents, drawn",
+    [(None, True, "float32"), (256, None, "float32"), (8, None, "uint8"), (None, False, "uint8")],
+)
+def test_a_run_whose_data_has_gone_draws_what_its_config_says(
+    tmp_path, capsys, image_size, latents, drawn
+):
+    run = untrained(tmp_path / "run", source="/gone", image_size=image_size, latents=latents)
+    out = tmp_path / "set.npz"
+    assert cli.main(["sample", str(run), "--num", "2", "--out", str(out)]) == 0
+    assert ("draws latents and no VAE" in capsys.readouterr().err) == (drawn == "float32")
+    with np.load(out) as arrays:
+        assert arrays["arr_0"].dtype == drawn
+
+
+def test_a_run_is_not_taken_for_one_of_pixels_where_nothing_tells(tmp_path, capsys):
+    run, out = untrained(tmp_path / "run", source="/gone"), tmp_path / "set.npz"
+    arguments = ["sample", str(run), "--num", "2", "--device", "cpu", "--out", str(out)]
+    assert cli.main(arguments) == 2 and not out.exists()
+    error = capsys.readouterr().err
+    assert "/gone has gone" in error and "give --vae" in error
+    vae = make_vae(tmp_path / "vae", latent_channels=3)
+    assert cli.main([*arguments, "--vae", str(vae)]) == 0
+    with np.load(out) as arrays:
+        assert arrays["arr_0"].shape == (2, 16, 16, 3)
+
+
+def untrained(folder, **data):
+    """A run of a model that draws 3 x 8 x 8."""
+    shape = {"num_classes": 0, "in_channels": 3, "input_size": (8, 8)}
+    model = ModelConfig(hidden_size=16, depth=1, patch_size=4, d_state=4, **shape)
+    config = Config(folder, model, data=DataConfig(**data), sample=SampleConfig(steps=2))
+    weights = build_model(config).state_dict()
+    parts = {"model": weights, "ema": weights, "optimizer": {}}
+    save_checkpoint(folder, 1, parts, config, {}, 1)
+    return folder
+
+
+def test_what_was_learned_is_kept_in_the_config(whole):
+    model = ModelConfig(hidden_size=16, depth=1, patch_size=4)
+    config = Config(model=model, data=DataConfig(source=str(whole)))
+    resolved, _ = open_run(config)
+    assert resolved.data.latents is True
+    assert differences(config, resolved) == [
+        f"model.{name}: None -> {value}"
+        for name, value in (("num_classes", 2), ("in_channels", 4), ("input_size", [16, 16]))
+    ]  # a run of 0.1.0 goes on
+    images = dataclasses.replace(config, data=DataConfig(source=str(whole), latents=False))
+    with pytest.raises(ValueError, match="latents is False but"):
+        open_run(images)
+
+
+def test_evaluate_decodes_with_the_vae_that_is_given(run, vae_folder, source, tmp_path, capsys):
+    images, out = tmp_path / "set.npz", tmp_path / "scores.json"
+    drawing = ["--num", "6", "--seed", "0", "--device", "cpu"]
+    compared = [str(source / "dog"), "--extractor", "pixels", "--out", str(out)]
+    assert cli.main(["sample", str(run), *drawing, "--out", str(images)]) == 0
+    assert cli.main(["evaluate", str(images), *compared]) == 0
+    expected = json.loads(out.read_text())["scores"]
+    assert cli.main(["evaluate", str(run), *compared, *drawing, "--vae", str(vae_folder)]) == 0
+    report = json.loads(out.read_text())
+    assert report["scores"] == expected and report["drawn"]["vae"] == str(vae_folder)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), *compared, "--vae", "none"]) == 2
+    assert "draws latents and no VAE decodes them: give --vae" in capsys.readouterr().err
 
 
 def test_sample_warns_of_another_encoder(run, tmp_path, capsys):

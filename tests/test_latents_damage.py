@@ -24,8 +24,8 @@ from dis_ssm.latents import (
     manifest_sha256,
     open_cache,
     read_manifest,
-    sha256,
 )
+from dis_ssm.reading import sha256
 from dis_ssm.runs import locked
 from latent_helpers import (  # noqa: F401
     COUNT,
@@ -260,7 +260,19 @@ def test_folders_that_are_no_cache_are_left_alone(tmp_path, source, vae_folder):
     assert sorted(os.listdir(tmp_path)) == ["manifest.json", "thesis.tex"]
 
 
-@pytest.mark.parametrize("change", [{"shard_size": 0}, {"shards": [{}]}, {"shards": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shard_size": 0},
+        {"shards": [{}]},
+        {"shards": None},
+        {"source_images": float("inf")},
+        {"source_images": 2**70},
+        {"shards": []},
+        {"vae": None},
+        {"vae": {"shift_factor": None, "latents_mean": None, "scaling_factor": {}}},
+    ],
+)
 def test_a_manifest_that_cannot_be_is_named(cache, change):
     path = cache / "manifest.json"
     manifest = json.loads(path.read_text()) | change

@@ -14,6 +14,7 @@ from dis_ssm.diffusion import Diffusion
 from dis_ssm.hf import load_vae
 from dis_ssm.metrics.compat import declare_torchvision_operators
 from dis_ssm.metrics.statistics import StoredStatistics
+from dis_ssm.nearest import nearest
 from dis_ssm.sampling import sample
 from dis_ssm.version import __version__
 
@@ -162,3 +163,16 @@ def test_what_is_no_covariance_is_named_with_its_file_before_any_pass(tmp_path):
     np.savez(path, mu=np.zeros(2), sigma=np.diag([1.0, -0.5]))
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*not a covariance"):
         StoredStatistics.load(path)
+
+
+@pytest.mark.parametrize(
+    "word, words, near",
+    [
+        ("mnist", ("digits", "fashion-mnist"), ["fashion-mnist"]),
+        ("TRIAN", ("train", "info"), ["train"]),
+        ("golden retriver", ("Golden Retriever", "cat"), ["Golden Retriever"]),
+        ("xyz", ("digits", "train"), []),
+    ],
+)
+def test_near_names_are_found_whatever_their_case(word, words, near):
+    assert nearest(word, words) == near

@@ -180,10 +180,11 @@ def test_cifar10_errors(tmp_path):
     with pytest.raises(ValueError, match=r"lacks CIFAR-10's data_batch_2\.bin: get the archive"):
         open_dataset(path)
     assert len(open_dataset(path, "heldout")) == PER_BATCH
-    for wrong in ({"labels": [1]}, {"data": [1], "labels": [1]}, [1]):
-        files = cifar_files("py") | {"test_batch": pickle.dumps(wrong, 2)}
+    for wrong in ({"labels": [1]}, {"data": [1], "labels": [1]}, [1], {"label_names": 7}):
+        name = "batches.meta" if "label_names" in wrong else "test_batch"
+        files = cifar_files("py") | {name: pickle.dumps(wrong, 2)}
         path = write_cifar(tmp_path / repr(wrong), "py", False, files)
-        with pytest.raises(ValueError, match="test_batch holds no"):
+        with pytest.raises(ValueError, match=rf"{name} (holds|names) no"):
             open_dataset(path, "heldout")
     foreign = tmp_path / "photos.tar.gz"
     with tarfile.open(foreign, "w:gz"):

@@ -141,6 +141,14 @@ def test_a_source_that_is_no_regular_file_is_refused(tmp_path, name):
 
 
 @pytest.mark.timeout(60)
+def test_labels_that_are_no_regular_file_are_not_left_out(tmp_path):
+    solid(tmp_path / "x.png", 3)
+    os.mkfifo(tmp_path / "dataset.json")
+    with pytest.raises(ValueError, match=r"dataset\.json: it is not a regular file"):
+        open_dataset(tmp_path, image_size=SIZE)
+
+
+@pytest.mark.timeout(60)
 def test_a_file_that_becomes_a_fifo_is_not_waited_for(tmp_path):
     for k in range(2):
         solid(tmp_path / f"{k}.png", k)

@@ -3,7 +3,6 @@
 Letters: J tokens, D hidden size, L blocks, p patch. Nothing that trains or samples DiS uses this.
 """
 
-import difflib
 import math
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dis_ssm.hf import dit
 from dis_ssm.model import DiS_models, create_model, timestep_features
+from dis_ssm.nearest import nearest
 
 PATCHES = (2, 4, 8)
 DIT = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
@@ -98,10 +98,8 @@ def build(name: str, size: tuple[int, int], channels: int, classes: int) -> nn.M
     if name in DiS_models:
         return create_model(name, input_size=size, in_channels=channels, num_classes=classes)
     if name not in PEERS:
-        known = {key.lower(): key for key in (*DiS_models, *PEERS)}
-        near = difflib.get_close_matches(name.lower(), known, cutoff=0.4)
-        hint = ", ".join(known[key] for key in near) or "DiS-S/2, DiT-S/2 or U-ViT-S/2"
-        raise ValueError(f"unknown model {name!r}; did you mean {hint}?")
+        near = nearest(name, (*DiS_models, *PEERS)) or ("DiS-S/2", "DiT-S/2", "U-ViT-S/2")
+        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
     family, patch, shape = PEERS[name]
     if any(side % patch for side in size):
         raise ValueError(f"patch_size {patch} does not divide the input size {size[0]}x{size[1]}")

@@ -38,6 +38,7 @@ def open_run(config: Config) -> tuple[Config, ImageDataset]:
         relabel=data.relabel,
     )
     shape = {name: getattr(dataset, name) for name in ("channels", "height", "width")}
+    shape |= {"latents": isinstance(dataset, LatentDataset)}
     return resolve(config, num_classes=dataset.num_classes, **shape), dataset
 
 

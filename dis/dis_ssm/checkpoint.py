@@ -13,7 +13,6 @@ goes on to the checkpoint before it, with one line of warning, whatever the dama
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -36,9 +35,10 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.tensor import DTensor
 
-from dis_ssm.config import Config, build_model, from_dict, from_saved, to_dict
+from dis_ssm.config import MOST_STEPS, Config, build_model, from_saved, to_dict
 from dis_ssm.distributed import ALONE, World, fill
 from dis_ssm.model import DiS
+from dis_ssm.reading import FileError, read_json, sha256
 from dis_ssm.version import __version__
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def save_checkpoint(
         with world.together():
             for name in names[world.rank :: world.size]:
                 path = draft / name
-                entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+                entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         files = {k: v for part in world.gather(entries) for k, v in part.items()}
         with world.together():
             if world.main:
@@ -96,7 +96,7 @@ def save_checkpoint(
                     {"format": FORMAT, "step": step, "config": to_dict(config)}
                     | {"versions": versions(), "trainer": state, "files": files},
                 )
-                _write(draft / COMPLETE, _sha256(draft / STATE) + "\n")
+                _write(draft / COMPLETE, sha256(draft / STATE) + "\n")
                 for part in {(draft / name).parent for name in names} | {draft}:
                     _sync(part)
                 _rename(draft, folder)
@@ -133,18 +133,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not (folder / COMPLETE).is_file():
         raise CheckpointError(f"{folder} is incomplete: {COMPLETE} is missing")
     if not (folder / STATE).is_file():
-        raise CheckpointError(f"{folder / STATE} is missing")
+        raise CheckpointError(f"{folder / STATE} is missing, or no file")
     wanted = (folder / COMPLETE).read_bytes().strip()
     if not SHA256.fullmatch(wanted):
         raise CheckpointError(f"{folder / COMPLETE} was cut short or altered: it holds no SHA-256")
-    if _sha256(folder / STATE).encode() != wanted:
+    if sha256(folder / STATE).encode() != wanted:
         raise CheckpointError(
             f"{folder / STATE} was cut short or altered: its SHA-256 is wrong, or {COMPLETE} was"
         )
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE)
         _check_state(state)
-    except (ValueError, RecursionError) as error:
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
         raise CheckpointError(f"{folder / STATE} cannot be used: {error}") from error
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}")
@@ -158,9 +160,30 @@ def _check_state(state: Any) -> None:
     for name, kind in STATE_FIELDS.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{name!r} is missing, or no {kind.__name__}")
+    if not 0 <= state["step"] <= MOST_STEPS or isinstance(state["step"], bool):
+        raise ValueError(f"'step' is {state['step']!r}: it must be from 0 to {MOST_STEPS:,}")
     for name, entry in state["files"].items():
-        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        known = entry if isinstance(entry, dict) else {}
+        if type(known.get("size")) is not int or not isinstance(known.get("sha256"), str):
             raise ValueError(f"'files' says no size and sha256 of {name!r}")
+
+
+def saved_config(folder: Path, state: dict[str, Any]) -> Config:
+    """The config in state.json, resolved as it was saved; CheckpointError naming file and key."""
+    with _of_state(folder):
+        config = from_saved(state["config"])
+        for name in ("in_channels", "input_size", "num_classes"):
+            if getattr(config.model, name) is None:
+                raise ValueError(f"model.{name} is missing")
+        return config
+
+
+@contextlib.contextmanager
+def _of_state(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE} cannot be used: its config: {error}") from error
 
 
 def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -206,7 +229,7 @@ def verify_file(folder: Path, state: dict[str, Any], file: str) -> None:
         raise CheckpointError(f"{path} is missing")
     if (size := path.stat().st_size) != wanted["size"]:
         raise CheckpointError(f"{path} is damaged: {size} bytes instead of {wanted['size']}")
-    if _sha256(path) != wanted["sha256"]:
+    if sha256(path) != wanted["sha256"]:
         raise CheckpointError(f"{path} was altered: its SHA-256 is wrong")
 
 
@@ -259,8 +282,9 @@ def load_model(
         raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
     _, folder = locate(path)
     state = read_state(folder)
-    config = from_saved(state["config"])
-    model = build_model(config)
+    config = saved_config(folder, state)
+    with _of_state(folder):
+        model = build_model(config)
     load_weights(model, read_part(folder, state, weights), folder / f"{weights}.safetensors")
     return model.to(device or "cpu").eval(), config
 
@@ -274,7 +298,7 @@ def start_from(model: DiS, path: str | Path) -> None:
     _, folder = locate(path)
     state = read_state(folder)
     tensors = read_part(folder, state, "ema")
-    old = from_dict(state["config"]).model.input_size
+    old = saved_config(folder, state).model.input_size
     tensors["pos_embed"] = model.resize_positions(tensors["pos_embed"], old)
     load_weights(model, tensors, folder / "ema.safetensors")
 
@@ -295,6 +319,8 @@ def locate(path: str | Path) -> tuple[Path, Path]:
                 f"checkpoint, such as {complete[-1]}"
             )
         return path, complete[-1]
+    if begun := _step_folders(path):
+        raise CheckpointError(f"{begun[-1]} is incomplete: {COMPLETE} is missing. Restore it")
     raise ValueError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
 
 
@@ -480,8 +506,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

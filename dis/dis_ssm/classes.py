@@ -1,7 +1,6 @@
 """The names of a run's classes, RUN/classes.json: a list, whose order is that of the labels."""
 
-import difflib
-import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dis_ssm.checkpoint import write_json
+from dis_ssm.nearest import nearest
+from dis_ssm.reading import read_json
 
 CLASSES = "classes.json"
 SHOWN = 10  # names in a message
@@ -30,12 +31,9 @@ def keep_class_names(run: Path, names: Sequence[str]) -> None:
 def class_names(run: Path) -> tuple[str, ...]:
     """The names that `run` keeps; none if it has none, as runs of version 0.1.0."""
     path = run / CLASSES
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ()
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} is not a list of names: restore it, or remove it")
     return tuple(names)
@@ -80,7 +78,7 @@ def _label(wanted: str, names: Sequence[str], count: int) -> int:
     if number is not None or not names:
         hint = "" if names else "; this run keeps no names of classes, give numbers"
         raise ValueError(f"class {wanted} is not one of the model's {count} classes{hint}")
-    near = difflib.get_close_matches(wanted, names, n=3)
+    near = nearest(wanted, names)
     some = ", ".join(map(repr, near or names[:SHOWN]))
     more = "" if near or len(names) <= SHOWN else " ..."
     start = "did you mean" if near else "there are"

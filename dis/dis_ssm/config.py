@@ -8,12 +8,12 @@ A key that no section has, or a value of the wrong type, is a ValueError.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,13 @@ import torch
 
 from dis_ssm.diffusion import Diffusion
 from dis_ssm.model import LARGEST_SIDE, MOST_CLASSES, DiS, DiS_models, create_model
+from dis_ssm.nearest import nearest
+from dis_ssm.reading import parsing, read_json, read_text
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
 RUN_CONFIG = "config.json"  # what a run saves
+CONVERTED = "unknown"  # data.source of a converted run
 SIZES = ("hidden_size", "depth", "patch_size")
 MOST_IMAGES = 10**9  # of a set, a batch or a preview
 MOST_BLOCKS = 10**4
@@ -125,6 +128,7 @@ class DataConfig:
     vae: str | None = None  # decodes latents for previews and scores; None: that of the cache
     background: Literal["white", "black", "drop"] = "white"  # of images with alpha; drop: ignore it
     relabel: bool = False  # map the labels that occur to 0, 1, ... where they have holes
+    latents: bool | None = None  # whether source is a latent cache; None: as found
 
     def __post_init__(self):
         _positive(self, "image_size", "workers")
@@ -268,13 +272,12 @@ def load_config(source: str | Path) -> Config:
             hint = _near(str(source), named) or f"there are {', '.join(named) or 'none'}"
             raise ValueError(f"no file or named configuration {str(source)!r}; {hint}")
         path = named[str(source)]
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if path.suffix == ".json":
+        values = read_json(path)
+    else:
+        text = read_text(path)
+        with parsing(f"{path} is not valid TOML"):
+            values = tomllib.loads(text)
     try:
         return from_saved(values) if path.name == RUN_CONFIG else from_dict(values)
     except ValueError as error:
@@ -317,6 +320,8 @@ def differences(old: Config, new: Config) -> list[str]:
     """
     before, after = flat(to_dict(old)), flat(to_dict(new))
     free = set(FREE_ON_RESUME)
+    if old.data.latents is None:  # 0.1.0 did not say
+        free.add("data.latents")
     if new.train.lr_schedule == "constant" and new.train.steps > old.train.steps:
         free.add("train.steps")
     return [
@@ -326,8 +331,22 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def resolve(config: Config, *, channels: int, height: int, width: int, num_classes: int) -> Config:
-    """Fill what the model takes from the data. ValueError where the two contradict each other."""
+def resolve(
+    config: Config,
+    *,
+    channels: int,
+    height: int,
+    width: int,
+    num_classes: int,
+    latents: bool = False,
+) -> Config:
+    """Fill what follows from the data. ValueError where the two contradict each other."""
+    if config.data.latents not in (None, latents):
+        what = "a latent cache" if latents else "not a latent cache"
+        raise ValueError(
+            f"data.latents is {config.data.latents} but {config.data.source} is {what}: leave it "
+            f"unset to follow the data"
+        )
     model, found = config.model, {"in_channels": channels, "input_size": (height, width)}
     for name, value in found.items():
         if getattr(model, name) not in (None, value):
@@ -342,7 +361,9 @@ def resolve(config: Config, *, channels: int, height: int, width: int, num_class
             f"unset to follow the data, or set 0 to ignore labels"
         )
     config = dataclasses.replace(
-        config, model=dataclasses.replace(model, num_classes=wanted, **found)
+        config,
+        model=dataclasses.replace(model, num_classes=wanted, **found),
+        data=dataclasses.replace(config.data, latents=latents),
     )
     check_guidance(config, config.sample.cfg_scale)
     check_guided_channels(config, config.sample)
@@ -354,6 +375,9 @@ def sample_settings(config: Config, **flags: Any) -> SampleConfig:
     """The [sample] section under those flags that are not None; ValueError if they do not fit."""
     given = {name: value for name, value in flags.items() if value is not None}
     settings = dataclasses.replace(config.sample, **given)
+    for name in ("cfg_channels", "cfg_interval"):
+        if name in given and settings.cfg_scale == 1:
+            raise ValueError(f"{name} has no effect while cfg_scale is 1: give that, too")
     check_guidance(config, settings.cfg_scale)
     check_guided_channels(config, settings)
     check_steps(config, settings)
@@ -459,15 +483,15 @@ def _convert_section(values: Any, section: type, name: str) -> Any:
 def _suggest(key: str, hints: dict[str, Any], prefix: str) -> str:
     known = flat(to_dict(Config()))
     elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == key]
-    near = _near(key, {k: None for k in hints}, prefix)
+    near = _near(key, hints, prefix)
     if elsewhere:
         return f"did you mean {elsewhere[0]!r}?"
     return near or f"known here: {', '.join(hints)}"
 
 
-def _near(key: str, known: dict[str, Any], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {prefix + matches[0]!r}?" if matches else ""
+def _near(key: str, known: Iterable[str], prefix: str = "") -> str:
+    found = nearest(key, known)
+    return f"did you mean {prefix + found[0]!r}?" if found else ""
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

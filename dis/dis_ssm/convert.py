@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dis_ssm.checkpoint import complete_checkpoints, save_checkpoint
-from dis_ssm.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from dis_ssm.config import CONVERTED, Config, DataConfig, DiffusionConfig, ModelConfig
 from dis_ssm.model import DiS
 from dis_ssm.runs import exclusive
 
@@ -62,16 +62,26 @@ def from_released(
 
 def _build(source, input_size) -> tuple[DiS, list[str]]:
     """The model, and lines that say where its tensors were found and what was left out."""
-    file, notes = isinstance(source, str | Path), []
-    state, path = _find_state(_read(Path(source), notes) if file else source)
+    notes: list[str] = []
+    if not isinstance(source, str | Path):
+        return _fit(source, "source", notes, input_size)
+    content = _read(Path(source), notes)
+    try:
+        return _fit(content, str(source), notes, input_size)
+    except ValueError as error:
+        named = str(error).startswith(str(source))
+        raise ValueError(error if named else f"{source}: {error}") from error
+
+
+def _fit(content, name: str, notes: list[str], input_size) -> tuple[DiS, list[str]]:
+    state, path = _find_state(content)
     if path:
         notes.append(f"taken from {' / '.join(map(repr, path))}")
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise ValueError(
-            f"{source if file else 'source'} holds no state dict (tensors by name, or one under "
-            f"'ema' or 'model')"
+            f"{name} holds no state dict (tensors by name, or one under 'ema' or 'model')"
         )
     plain = {_WRAPPED.sub("", name): tensor for name, tensor in state.items()}
     if plain.keys() != state.keys():
@@ -94,12 +104,16 @@ def _build(source, input_size) -> tuple[DiS, list[str]]:
         if theirs not in state:
             continue
         tensor = state[theirs].detach().clone()
+        if tensor.is_meta:
+            problems.append(f"has {theirs} without its numbers, a meta tensor")
+            continue
+        if tensor.layout is not torch.strided:
+            problems.append(f"has {theirs} of layout {tensor.layout}, expected a dense tensor")
+            continue
         tensors[name] = tensor.squeeze(1) if name.endswith("conv_weight") else tensor
         if tensors[name].shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             problems.append(f"has {theirs} of shape {shapes}")
-        elif tensor.layout is not torch.strided:
-            problems.append(f"has {theirs} of layout {tensor.layout}, expected a dense tensor")
         elif not tensor.is_floating_point():
             problems.append(f"has {theirs} of dtype {tensor.dtype}, expected floating point")
         elif not tensor.isfinite().all():
@@ -136,7 +150,7 @@ def convert_file(
     config = Config(
         out=run,
         model=ModelConfig(**sizes),
-        data=DataConfig(source="unknown"),
+        data=DataConfig(source=CONVERTED),
         diffusion=DiffusionConfig(learn_sigma=model.learn_sigma),
     )
     with exclusive(run):

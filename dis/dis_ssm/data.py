@@ -35,6 +35,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dis_ssm import sources
+from dis_ssm.checkpoint import CheckpointError, locate
+from dis_ssm.reading import parse_json, read_bytes
 from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
     IMAGE_SUFFIXES,
     NO_LABEL,
@@ -44,7 +46,6 @@ from dis_ssm.sources import (  # noqa: F401  (part of this module's interface)
 )
 from dis_ssm.sources.base import number_classes
 from dis_ssm.sources.decode import UnreadableImage, check_background, check_pixels, decode
-from dis_ssm.sources.reading import parse_json, read_bytes
 
 DAMAGED = (ValueError, struct.error, zlib.error)  # a member of an archive
 MAX_WORKERS = 8  # by default; decoding scales with cores until memory is the limit
@@ -72,8 +73,8 @@ def open_dataset(
     `max_corrupt`, `workers`, `background` and `relabel` are those of `FileDataset`. Files that are
     left out because they are no images, or hidden, are named in a warning.
 
-    Raises ValueError for an unknown source, split or size, an empty or ambiguous folder and a
-    damaged file; ImportError when a library is missing (it says how to install it).
+    Raises ValueError for an unknown source, split or size, an empty or ambiguous folder, a run and
+    a damaged file; ImportError when a library is missing (it says how to install it).
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -82,6 +83,8 @@ def open_dataset(
     if str(source) not in SOURCES and manifest.is_file():
         return _open_latents(manifest, split, image_size)
     kind, path = sources.recognise(source)
+    if kind == "folder":
+        refuse_run(path)
     if kind not in sources.IN_MEMORY:
         _check_size(path, image_size)
         files = sources.OPENERS[kind](path, split)
@@ -96,6 +99,20 @@ def open_dataset(
             f"leave image_size unset instead of {image_size}"
         )
     return dataset
+
+
+def refuse_run(path: Path) -> None:
+    """ValueError where it is a run or a checkpoint: what lies in one is no data set."""
+    try:
+        run, _ = locate(path)
+    except CheckpointError:
+        run = path
+    except ValueError:
+        return
+    raise ValueError(
+        f"{path} is a run, not images: give images, such as those that dis-ssm sample {run} "
+        f"--num 600 --png --out NAME.npz draws"
+    )
 
 
 def _open_latents(manifest: Path, split: str, image_size: int | None) -> "ImageDataset":

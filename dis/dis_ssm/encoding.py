@@ -37,10 +37,10 @@ from dis_ssm.latents import (
     manifest_sha256,
     open_cache,
     read_manifest,
-    sha256,
     shard_spans,
     verify_shard,
 )
+from dis_ssm.reading import sha256
 from dis_ssm.runs import is_empty, locked
 
 if TYPE_CHECKING:

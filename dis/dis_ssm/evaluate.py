@@ -8,7 +8,6 @@ Letters: n images (C, H, W), K classes; images are uint8, x in model space [-1, 
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ from dis_ssm.metrics import (
     require_scikit_learn,
 )
 from dis_ssm.ops.backend import check_forced
+from dis_ssm.reading import FileError, read_json
 from dis_ssm.sampling import image_generators
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
@@ -112,6 +112,13 @@ def evaluate_run(
         )
         for split in ("train", "heldout")
     )
+    drawn = (config.model.in_channels, *config.model.input_size)
+    shape = (heldout.channels, heldout.height, heldout.width)
+    if shape != drawn:
+        raise ValueError(
+            f"{config.data.source} has images of shape {shape}, and {run} draws {drawn}: that is "
+            f"not the data that it learned from"
+        )
     if min(len(train), len(heldout)) < 2:
         raise ValueError(f"{config.data.source}: a distance needs 2 images or more of each split")
     if bound_terms > (most := 2 * (diffusion.num_steps - 1)):
@@ -130,7 +137,6 @@ def evaluate_run(
         require_scikit_learn()  # before the minutes of sampling, not after them
 
     labels, _ = label_columns(num, list(range(num_classes)))
-    shape = (heldout.channels, heldout.height, heldout.width)
     passes = settings.steps * -(-num // settings.batch_size)
     with _watched(model, passes, "sample", progress):
         samples = draw_images(model, diffusion, shape, range(num), labels, settings)
@@ -174,8 +180,8 @@ def _made(
 def _known(path: Path, made: dict[str, Any]) -> dict | None:
     """The scores in `path`, if they were made so."""
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        scores = read_json(path)
+    except FileError:
         return None
     if not isinstance(scores, dict) or any(scores.get(k) != v for k, v in made.items()):
         return None
@@ -210,27 +216,31 @@ def evaluate_drawn(
     split: str | None = None,
     image_size: int | None = None,
     background: str | None = None,
+    vae: str | None = None,
     world: World,
     **options: Any,
 ) -> dict:
     """Draw `num` samples from the newest checkpoint of RUN and score them as `evaluate_samples`.
 
     Without a `reference`, it is the data of the run, and `split` held-out unless given. What is
-    unset is as the run's config says; `batch_size` is that of drawing and of the extractor, and
-    `options` are those of `evaluate_samples`, which opens reference and extractor before anything
-    is drawn. All processes of `world` call; each draws its share.
+    unset is as the run's config says; `batch_size` is that of drawing and of the extractor, `vae`
+    decodes latents, as in `open_artist`, and `options` are those of `evaluate_samples`, which opens
+    reference and extractor before anything is drawn. All processes of `world` call; each draws its
+    share.
 
-    Returns the report, with "drawn": checkpoint, sampler, steps, guidance, seed.
+    Returns the report, with "drawn": checkpoint, sampler, steps, guidance, seed, VAE if given.
 
     Raises ValueError for a run that draws latents no VAE decodes, or learns from latents where no
     reference is given, and as `evaluate_samples`.
     """
     run, checkpoint = locate(run)
-    artist = open_artist(checkpoint, device=world.device)
+    artist = open_artist(checkpoint, vae=vae, device=world.device)
     config = artist.config
     if not artist.visible:
-        raise ValueError(f"{run} draws latents and no VAE decodes them: give the run's data.vae")
-    if reference is None and is_cache(config.data.source):
+        raise ValueError(
+            f"{run} draws latents and no VAE decodes them: give --vae a folder or hub id"
+        )
+    if reference is None and (config.data.latents or is_cache(config.data.source)):
         raise ValueError(f"{run} learned from latents: give a REFERENCE, images or statistics")
     settings = sample_settings(
         config,
@@ -241,7 +251,7 @@ def evaluate_drawn(
         seed=seed,
         batch_size=batch_size,
     )
-    made = _made(config, checkpoint, settings, world.device)
+    made = _made(config, checkpoint, settings, world.device) | ({"vae": vae} if vae else {})
     if not str(reference or "").endswith(".npz"):
         image_size = image_size or config.data.image_size
     report = evaluate_samples(

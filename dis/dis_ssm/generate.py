@@ -26,19 +26,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dis_ssm.batches import derive_seed
-from dis_ssm.checkpoint import drafted, load_model, write_json
+from dis_ssm.checkpoint import check_writable, drafted, load_model, write_json
 from dis_ssm.config import Config, SampleConfig, build_diffusion
 from dis_ssm.distributed import World
 from dis_ssm.hf import vae_scale
 from dis_ssm.images import (
-    VISIBLE_CHANNELS,
     draw_samples,
     label_columns,
     save_images,
     to_uint8,
 )
-from dis_ssm.latents import cached_vae, decode, is_cache, load_decoder, sha256
+from dis_ssm.latents import cached_vae, decode, learned_latents, load_decoder
 from dis_ssm.ops.backend import check_forced
+from dis_ssm.reading import FileError, read_json, sha256
 from dis_ssm.runs import locked
 
 NO_VAE = "none"
@@ -58,8 +58,7 @@ class Artist:
     @property
     def visible(self) -> bool:
         """Whether the results are images (uint8), not latents (float32)."""
-        pixels = self.config.model.in_channels in VISIBLE_CHANNELS
-        return bool(self.vae) or (pixels and not is_cache(self.config.data.source))
+        return bool(self.vae) or not learned_latents(self.config)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,7 +100,8 @@ def open_artist(
     compiled: bool = False,
 ) -> Artist:
     """The artist of a checkpoint. `vae` is a folder, a hub id, "none", or None for the one of the
-    run's config or latent cache, if there is one."""
+    run's config or latent cache, if there is one. ValueError where there is none and nothing tells
+    whether the model draws images or latents."""
     check_forced()
     model, config = load_model(checkpoint, weights=weights, device=device)
     source = config.data.source
@@ -109,6 +109,8 @@ def open_artist(
     decoder = None
     if name and name != NO_VAE:
         decoder = load_decoder(name, source, config.model.in_channels, device)
+    else:
+        learned_latents(config)
     if compiled:
         model.compile()
     return Artist(model, config, decoder, device, precision)
@@ -145,6 +147,7 @@ def generate(
     parts, record = out.with_suffix(".parts"), out.with_suffix(".json")
     pictures = out.with_suffix("") if png else None
     with world.together():
+        check_writable(record)
         same = world.main and _is_whole(out, record, plan)
     if world.gather(same and _pictured(pictures, range(num)))[0]:
         return
@@ -170,6 +173,7 @@ def draw_grid(
     NAME.png.json records `plan`; a grid of the same plan is left as it is.
     """
     record = out.with_name(f"{out.name}.json")
+    check_writable(record)
     if _is_whole(out, record, plan):
         return
     labels, columns = label_columns(settings.num, classes)
@@ -251,8 +255,8 @@ def _begin(parts: Path, pictures: Path | None, plan: dict[str, Any]) -> None:
 def _read_plan(path: Path) -> dict[str, Any]:
     """What is known of a set; nothing if the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except FileError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -3,17 +3,20 @@
 diffusers is imported inside the functions, because that takes seconds.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from dis_ssm.metrics.compat import declare_torchvision_operators
+from dis_ssm.reading import read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -45,15 +48,19 @@ def load_vae(
     options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     options |= {"low_cpu_mem_usage": False}  # the other way needs accelerate
     try:
-        if folder.is_dir():
-            inner = folder / "vae"
-            folder = inner if (inner / "config.json").is_file() else folder
-            found = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, **options)
-        elif folder.exists() or not HUB_ID.fullmatch(source):
-            raise OSError("there is no such folder")
-        else:
-            found = _from_hub(AutoencoderKL, source, options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with _errors_not_logged():
+            if folder.is_dir():
+                inner = folder / "vae"
+                folder = inner if (inner / "config.json").is_file() else folder
+                _check_config(folder / "config.json")
+                found = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, **options)
+            elif folder.exists() or not HUB_ID.fullmatch(source):
+                raise OSError("there is no such folder")
+            else:
+                found = _from_hub(AutoencoderKL, source, options)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a damaged config or file of weights fails in any way it likes
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(
             f"cannot load VAE {source!r}: {reason}. Give the folder of an AutoencoderKL, with its "
@@ -63,6 +70,31 @@ def load_vae(
     if absent := sorted(report["missing_keys"]):
         raise ValueError(f"VAE {source!r} is not an AutoencoderKL, or incomplete: no {absent[0]}")
     return vae.requires_grad_(False).eval().to(device)
+
+
+@contextlib.contextmanager
+def _errors_not_logged() -> Iterator[None]:
+    """diffusers logs an error and then raises it, too."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def below_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    logger.addFilter(below_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(below_error)
+
+
+def _check_config(path: Path) -> None:
+    """ValueError for what diffusers would take: no object, or no groups to normalise."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} holds no object")
+    groups = config.get("norm_num_groups", 1)
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"norm_num_groups is {groups!r} in {path.name}")
 
 
 def _from_hub(cls: type, name: str, options: dict):

@@ -24,9 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dis_ssm.checkpoint import write_json
-from dis_ssm.data import NO_LABEL, ImageDataset
+from dis_ssm.config import CONVERTED, Config
+from dis_ssm.data import NO_LABEL, SOURCES, ImageDataset
 from dis_ssm.hf import load_vae, vae_hash
-from dis_ssm.images import to_uint8
+from dis_ssm.images import VISIBLE_CHANNELS, to_uint8
+from dis_ssm.reading import FileError, read_json, sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -38,6 +40,7 @@ KEYS += ("complete",)
 UNHASHED = {"format", "source", "split", "image_size", "crop", "labels_sha256", "precision"}
 UNHASHED |= {"versions", *KEYS}  # all that a manifest of 0.1.0 holds
 RECORD = ("name", "images", "bytes", "sha256", "corrupt")  # of a shard
+MOST_SHARDS = 10**6
 FLIPS = 2  # the image, its mirror image
 CHUNK = 256  # images looked at together
 AGAIN = "the same dis-ssm encode again mends it"
@@ -111,8 +114,8 @@ class Verified:
     def __init__(self, folder: Path):
         self.folder, self._seen = folder, set()
         try:
-            found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = read_json(folder / VERIFIED)
+        except FileError:
             found = None
         self._stamps = found if isinstance(found, dict) else {}
 
@@ -134,6 +137,26 @@ class Verified:
 
 def is_cache(source: str | Path) -> bool:
     return (Path(source).expanduser() / MANIFEST).is_file()
+
+
+def learned_latents(config: Config) -> bool:
+    """Whether the model of a run draws latents: as its config says or, in runs of 0.1.0, as its
+    data shows. ValueError when that has gone and nothing else tells."""
+    model, data = config.model, config.data
+    if model.in_channels not in VISIBLE_CHANNELS:
+        return True
+    if data.latents is not None:
+        return data.latents
+    if data.source in (CONVERTED, *SOURCES):
+        return False
+    if Path(data.source).expanduser().exists():
+        return is_cache(data.source)
+    if data.image_size is None:
+        raise ValueError(
+            f"{data.source} has gone, and the run does not say whether that was images or latents: "
+            f"restore it, or give --vae what decodes its latents"
+        )
+    return model.input_size != (data.image_size, data.image_size)
 
 
 def open_cache(folder: str | Path) -> LatentDataset:
@@ -187,8 +210,8 @@ def shard_spans(manifest: dict[str, Any]) -> dict[str, range]:
     }
 
 
-def _is_path(name: Any) -> bool:
-    return not isinstance(name, str) or name != Path(name).name
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name == Path(name).name
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
@@ -203,20 +226,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises CacheError where there is none, or it is damaged, or of another format.
     """
     path = folder / MANIFEST
+    if not path.is_file():
+        raise CacheError(f"{folder} is not a cache of latents: {MANIFEST} is missing")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         old = "sha256" not in manifest and not manifest.keys() - UNHASHED
         if not old and manifest["sha256"] != manifest_sha256(manifest):
             raise ValueError("its SHA-256 is wrong")
         found, _ = manifest["format"], [manifest[key] for key in KEYS]
         shards = [[record[key] for key in RECORD] for record in manifest["shards"]]
+        counts = {name: manifest[name] for name in ("source_images", "images", "shard_size")}
+        if wrong := [name for name, count in counts.items() if type(count) is not int]:
+            raise ValueError(f"{wrong[0]} is no number: {counts[wrong[0]]!r}")
         if manifest["shard_size"] < 1 or manifest["source_images"] < len(shards):
             raise ValueError("its numbers cannot be")
-        if wrong := [record["name"] for record in manifest["shards"] if _is_path(record["name"])]:
+        count = -(-counts["source_images"] // counts["shard_size"])
+        if count > MOST_SHARDS or (manifest["complete"] and not shards):
+            raise ValueError(f"it lists {len(shards)} shards and is for {count}")
+        latent_scale(manifest["vae"])
+        names = [record["name"] for record in manifest["shards"]]
+        if wrong := [name for name in names if not _is_file_name(name)]:
             raise ValueError(f"shard {wrong[0]!r} is no file name")
-    except OSError as error:
-        raise CacheError(f"{folder} is not a cache of latents: {MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is damaged: {error!r}; {AGAIN}") from error
     if found != FORMAT:
         raise CacheError(f"{folder} has format {found}, this version reads {FORMAT}")
@@ -227,8 +258,19 @@ def latent_scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(shift, scale), float32 (1 or C, 1, 1): model space is (z - shift) * scale.
 
     shift_factor (0 if None) and scaling_factor of a VAE's config; where it has latents_mean and
-    latents_std, one of each a channel, these and scaling_factor / latents_std.
+    latents_std, one of each a channel, these and scaling_factor / latents_std. ValueError where
+    they are no finite numbers.
     """
+    try:
+        shift, scale = _latent_scale(config)
+    except (KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"the VAE's scaling_factor, shift_factor: {error!r}") from error
+    if not (shift.isfinite().all() and scale.isfinite().all() and (scale != 0).all()):
+        raise ValueError(f"the VAE's scaling_factor, shift_factor are {scale}, {shift}")
+    return shift, scale
+
+
+def _latent_scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     shift, scale = config["shift_factor"] or 0.0, config["scaling_factor"]
     if config["latents_mean"] is not None and config["latents_std"] is not None:
         shift, scale = config["latents_mean"], [scale / std for std in config["latents_std"]]
@@ -265,6 +307,10 @@ def load_decoder(
     encoded with another encoder. ValueError when the VAE has other latent channels."""
     model = load_vae(vae, device)
     _check_channels(model, channels)
+    try:
+        latent_scale(model.config)
+    except ValueError as error:
+        raise ValueError(f"cannot use VAE {str(vae)!r}: {error}") from error
     if is_cache(source):
         known = read_manifest(Path(source).expanduser())["vae"]
         if any(known[name] != value for name, value in vae_hash(model).items()):
@@ -314,11 +360,6 @@ def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any])
     allowed = range(classes) if classes else (NO_LABEL,)
     if wrong := set(tensors["label"].tolist()) - set(allowed):
         raise CacheError(f"{path} has label {min(wrong)} but there are {classes} classes")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bar_interval() -> float:

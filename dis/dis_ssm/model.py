@@ -6,7 +6,6 @@ L tokens = J + condition tokens, K classes.
 
 from __future__ import annotations
 
-import difflib
 import math
 from functools import partial
 from numbers import Integral, Number
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dis_ssm.mixer import BiMamba, Direction, dtype_of
+from dis_ssm.nearest import nearest
 from dis_ssm.ops.norm import add_rms_norm
 
 SKIPS = ("concat", "add", "none")
@@ -521,8 +521,6 @@ def create_model(name: str, **kwargs) -> DiS:
     """
     if name not in DiS_models:
         name = str(name)
-        known = {key.lower(): key for key in DiS_models}
-        close = difflib.get_close_matches(name.lower(), known, cutoff=0.4) or known
-        near = [known[key] for key in close]
+        near = nearest(name, DiS_models) or DiS_models
         raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
     return DiS_models[name](**kwargs)

@@ -152,7 +152,10 @@ class Scorer:
 
         settings, data = self.config.score, self.config.data
         named = settings.reference or (dataset if settings.split == "train" else data.source)
-        stored, images = open_reference(named, settings.split, data.image_size, data.background)
+        try:
+            stored, images = open_reference(named, settings.split, data.image_size, data.background)
+        except ValueError as error:
+            raise ValueError(f"the reference of scores (score.reference): {error}") from error
         if stored:
             return stored.gaussians["pool"]
         found, share = FeatureStatistics(), self.world.share(len(images))

@@ -24,13 +24,14 @@ from dis_ssm.checkpoint import DRAFT, drafted, write_json
 from dis_ssm.config import RUN_CONFIG
 from dis_ssm.extras import how_to_install
 from dis_ssm.images import make_grid
+from dis_ssm.reading import FileError, check_regular, read_json
 
 SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and people
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-LOCK = ".lock"
+LOCK, LOG = ".lock", "log.jsonl"
 EXTENDED_FROM = "extended_from"
 BOARD_GROUPS = {  # TensorBoard's tags are GROUP/name; the names are the log's
     "loss": ("loss", "mse", "vb", "loss_q1", "loss_q2", "loss_q3", "loss_q4"),
@@ -56,11 +57,11 @@ def exclusive(run: Path) -> Iterator[None]:
 
 def is_run(folder: Path) -> bool:
     """Whether it holds checkpoints, a log or the configuration of a run (not of anything else)."""
-    if (folder / "checkpoints").is_dir() or (folder / "log.jsonl").is_file():
+    if (folder / "checkpoints").is_dir() or (folder / LOG).is_file():
         return True
     try:
-        config = json.loads((folder / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / RUN_CONFIG)
+    except FileError:
         return False
     return isinstance(config, dict) and {"model", "diffusion", "train"} <= config.keys()
 
@@ -152,8 +153,7 @@ class RunLog:
     where that is unknown; memory_gb, the most that the main process has held; data_wait, the share
     of its time spent waiting for data; eta_hours, what is left at this rate; epoch; nonfinite, the
     steps skipped so far; seconds of training so far; extended_from, once, the former last step of
-    a run that was extended. Lines beyond `step`, which a killed process
-    had written, are removed.
+    a run that was extended. Lines beyond `step`, which a killed process had written, are removed.
 
     Only the `main` process writes; the others keep the same sums for the checkpoints.
     """
@@ -167,7 +167,7 @@ class RunLog:
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
-            path = run / "log.jsonl"
+            path = run / LOG
             truncate_log(path, step)
             self._file = path.open("a", encoding="utf-8")
             self._board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
@@ -320,6 +320,12 @@ def preview_path(run: Path, step: int) -> Path:
 
 def score_path(run: Path, step: int) -> Path:
     return run / "scores" / f"training-{step:06d}.json"
+
+
+def check_log(run: Path) -> None:
+    """FileError where the log of a run is no regular file: reading it could hang."""
+    if (run / LOG).exists():
+        check_regular(run / LOG)
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -34,6 +34,7 @@ from dis_ssm.checkpoint import (
     newest_intact,
     optimizer_tensors,
     save_checkpoint,
+    saved_config,
     start_from,
     versions,
     write_json,
@@ -42,11 +43,11 @@ from dis_ssm.classes import keep_class_names
 from dis_ssm.config import (
     RUN_CONFIG,
     Config,
+    ScoreConfig,
     build_diffusion,
     build_model,
     depth_of,
     differences,
-    from_saved,
     pick_device,
     to_dict,
 )
@@ -62,6 +63,7 @@ from dis_ssm.runs import (
     Gauge,
     RunLog,
     StopSignal,
+    check_log,
     exclusive,
     preview_path,
     require_wandb,
@@ -69,7 +71,7 @@ from dis_ssm.runs import (
 )
 
 PARTS = ("model", "ema", "optimizer")
-TRAINER_STATE = ("nonfinite", "nonfinite_in_a_row", "ema_updates", "images", "machine", "meter")
+COUNTS = ("nonfinite", "nonfinite_in_a_row", "ema_updates", "images")  # of a trainer's state
 QUARTERS = 4  # of the timesteps, whose losses are logged apart
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}, ETA {remaining}"
 BAR_WIDTH = 100  # columns, in a narrower terminal fewer
@@ -92,11 +94,10 @@ def train(config: Config, *, extend: int | None = None) -> Outcome:
     rounding, stays the same. A continued run equals an uninterrupted one bit for bit on the same
     devices, with the same threads and versions; otherwise it continues with a warning. `extend`
     continues a run to that step, beyond its `train.steps`: the learning rate's schedule then ends
-    there, and the next line of the log has the former end as "extended_from". On a
-    signal of `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError
-    for settings that contradict the data or the saved run, FloatingPointError after
-    `max_nonfinite` non-finite steps in a row (the state is saved first), CheckpointError when no
-    checkpoint is intact.
+    there, and the next line of the log has the former end as "extended_from". On a signal of
+    `runs.SIGNALS` the current step ends, is saved, and this returns. Raises ValueError for settings
+    that contradict the data or the saved run, FloatingPointError after `max_nonfinite` non-finite
+    steps in a row (the state is saved first), CheckpointError when no checkpoint is intact.
     """
     limit = timedelta(minutes=config.train.timeout_minutes)
     with join_world(config.train.device, limit + timedelta(minutes=1)) as world:
@@ -320,6 +321,8 @@ def _announce(trainer: Trainer, dataset: ImageDataset, visible: bool) -> None:
     )
     if config.sample.every and not visible:
         print("no previews: latents are shown by their VAE, give data.vae", flush=True)
+    if not config.score.every and config.score != ScoreConfig():
+        print("no scores: score.every is 0, so the other settings of score do nothing", flush=True)
 
 
 def _resume(trainer: Trainer, run: Path, dataset: ImageDataset, extends: bool) -> dict[str, float]:
@@ -327,13 +330,13 @@ def _resume(trainer: Trainer, run: Path, dataset: ImageDataset, extends: bool) -
     with trainer.world.together():
         if trainer.world.main:
             clean_drafts(run)
+            check_log(run)
     found = newest_intact(run, PARTS, trainer.world)
     if found is None:
         return {}
     folder, saved = found
-    if lacking := [name for name in TRAINER_STATE if name not in saved["trainer"]]:
-        raise CheckpointError(f"{folder / STATE} lacks trainer.{lacking[0]}: restore it")
-    old, images, steps = from_saved(saved["config"]), len(dataset), trainer.config.train.steps
+    _check_saved(saved["trainer"], folder / STATE)
+    old, images, steps = saved_config(folder, saved), len(dataset), trainer.config.train.steps
     former = old.train.steps
     if extends and steps > former:
         old = extended(old, steps)
@@ -369,6 +372,18 @@ def _resume(trainer: Trainer, run: Path, dataset: ImageDataset, extends: bool) -
             flush=True,
         )
     return meter | {EXTENDED_FROM: former}
+
+
+def _check_saved(state: dict[str, Any], path: Path) -> None:
+    """CheckpointError naming what is missing in a trainer's state, or cannot be."""
+    sound = {name: type(state.get(name)) is int and state[name] >= 0 for name in COUNTS}
+    sound |= {name: isinstance(state.get(name), dict) for name in ("machine", "meter")}
+    meter = state["meter"] if sound["meter"] else {}
+    for name, value in meter.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        sound[f"meter.{name}"] = number and math.isfinite(value)
+    if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+        raise CheckpointError(f"{path}: trainer.{wrong[0]} is missing, or cannot be: restore it")
 
 
 def _train(

@@ -54,7 +54,7 @@ def encode(
     if check is not None:
         wrong = check_cache(check)
         for problem in wrong.values():
-            print(f"dis-ssm: error: {problem}", file=sys.stderr)
+            print(problem, file=sys.stderr)
         if wrong:
             return fail(f"{len(wrong)} of the files of {check} are not sound: {AGAIN}")
         print(f"{check}: all shards are intact")

@@ -15,11 +15,12 @@ from dis_ssm.cli.evaluate import evaluate
 from dis_ssm.cli.flops import flops
 from dis_ssm.cli.info import info
 from dis_ssm.cli.messages import fail, print_warning
-from dis_ssm.cli.near import near_flags, near_names
+from dis_ssm.cli.near import near_flags
 from dis_ssm.cli.sample import sample
 from dis_ssm.cli.train import INTERRUPTED, base_of, train_command
 from dis_ssm.config import Config
 from dis_ssm.distributed import RankError
+from dis_ssm.nearest import nearest
 from dis_ssm.ops.native import BackendError
 from dis_ssm.version import __version__
 
@@ -66,7 +67,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name and not name.startswith("-") and name not in commands:
-        meant = ", ".join(near_names(name, commands) or commands)
+        meant = ", ".join(nearest(name, commands)[:1] or commands)
         return fail(f"unknown command {name!r}: did you mean {meant}?")
     try:
         if name != "train":

@@ -1,6 +1,5 @@
 """dis-ssm evaluate"""
 
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +16,15 @@ def evaluate(
     samples: Positional[Path],
     reference: Positional[str | None] = None,
     *,
-    num: int = 600,
+    num: int | None = None,
     cfg_scale: float | None = None,
     steps: int | None = None,
     sampler: Literal["ddpm", "ddim"] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int | None = None,
-    bound_images: int = 256,
-    bound_terms: int = 32,
+    vae: str | None = None,
+    bound_images: int | None = None,
+    bound_terms: int | None = None,
     keep: bool = False,
     extractor: Literal["inception", "lite0", "dinov2", "pixels"] | None = None,
     weights: Path | None = None,
@@ -47,10 +47,15 @@ def evaluate(
     Args:
         samples: images, or a run folder or one of its checkpoints.
         reference: what to compare with.
-        num: of a run: how many images to draw.
+        num: of a run: how many images to draw, 600 unless given.
         cfg_scale: of a run: guidance; unset, like steps and sampler, as its config says.
-        bound_images: of a run alone: held-out images whose bits per dimension are bounded.
-        bound_terms: of a run alone: timesteps each of them is evaluated at, even; 0: no bound.
+        seed: of a run: 0 unless given.
+        vae: of a run that is compared: folder or hub id of the VAE that decodes its latents; unset,
+            that of its config or of its latent cache.
+        bound_images: of a run alone: held-out images whose bits per dimension are bounded, 256
+            unless given.
+        bound_terms: of a run alone: timesteps each of them is evaluated at, even, 32 unless given;
+            0: no bound.
         keep: of a run alone: write the samples to RUN/samples as .npz.
         extractor: the features; inception, which is FID's, unless given.
         weights: a file of the extractor's weights; inception downloads its own without one.
@@ -61,42 +66,40 @@ def evaluate(
         save_reference: write the reference's statistics to this .npz for the next time.
         out: the report (.json); by default beside the samples, or in RUN/scores.
     """
-    given, a_run = dict(locals()), _is_run(samples)
-    by_features = reference is not None or extractor is not None
+    given = {"num": num, "cfg_scale": cfg_scale, "steps": steps, "sampler": sampler, "seed": seed}
+    given |= {"bound_images": bound_images, "bound_terms": bound_terms, "keep": keep or None}
+    given |= {"weights": weights, "resize": resize, "image_size": image_size, "split": split}
+    given |= {"background": background, "save_reference": save_reference, "vae": vae}
+    given = {name: value for name, value in given.items() if value is not None}
+    a_run, by_features = _is_run(samples), reference is not None or extractor is not None
     if a_run:
-        _refuse(given, ALONE if by_features else OF_FEATURES, HOW[by_features])
+        _refuse(given, ALONE if by_features else (*OF_FEATURES, *DECODED), HOW[by_features])
     else:
-        _refuse(given, (*DRAWN, *ALONE), "images are scored")
+        _refuse(given, (*DRAWN, *ALONE, *DECODED), "images are scored")
     if out and out.suffix != ".json":
         raise ValueError(f"the report is JSON: give --out a name that ends in .json, not {out}")
     if save_reference and not save_reference.absolute().parent.is_dir():
         raise ValueError(f"cannot write {save_reference}: there is no such folder, make it first")
     if reference and reference.endswith(".npz") and (split or image_size is not None):
         raise ValueError(f"{reference} is taken as it is: leave out --split and --image-size")
-    drawing = {name: given[name] for name in DRAWN}
     if a_run and not by_features:
-        bound = {"bound_images": bound_images, "bound_terms": bound_terms}
-        return _score_alone(
-            samples, out, device, keep=keep, batch_size=batch_size, **drawing, **bound
-        )
+        return _score_alone(samples, out, device, batch_size=batch_size, **given)
     if not a_run and reference is None:
-        raise ValueError(f"{samples} holds images: say what to compare them with, too")
+        raise ValueError(f"{samples} is no run: say what to compare it with, too, if it is images")
     inputs = {samples.resolve(), Path(reference or "").expanduser().resolve()}
     for path in (out, save_reference):
         if path and path.resolve() in inputs:
             raise ValueError(f"{path} would overwrite what is scored: give another name")
-    options = {name: given[name] for name in OF_FEATURES if given[name] is not None}
-    options |= {"extractor": extractor or DEFAULT_EXTRACTOR}
+    given |= {"extractor": extractor or DEFAULT_EXTRACTOR}
     with join_world(device) as world:
         if a_run:
-            return _score_drawn(
-                samples, reference, out, world, batch_size=batch_size, **drawing, **options
-            )
-        return _score_images(samples, reference, out, world, batch_size, **options)
+            return _score_drawn(samples, reference, out, world, batch_size=batch_size, **given)
+        return _score_images(samples, reference, out, world, batch_size, **given)
 
 
 DRAWN = ("num", "cfg_scale", "steps", "sampler", "seed")  # options of runs
-ALONE = ("bound_images", "bound_terms", "keep")  # of runs that are not compared by features
+DECODED = ("vae",)  # of runs that are compared by features
+ALONE = ("bound_images", "bound_terms", "keep")  # of runs that are not
 OF_FEATURES = ("weights", "resize", "image_size", "split", "background", "save_reference")
 HOW = {
     True: "a run is scored by an extractor's features",
@@ -106,9 +109,8 @@ HOW = {
 
 def _refuse(given: dict[str, Any], names: tuple[str, ...], where: str) -> None:
     """ValueError for those of the options `names` that are given."""
-    known = inspect.signature(evaluate).parameters
     for name in names:
-        if given[name] != known[name].default:
+        if name in given:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} has no meaning where {where}: leave it out")
 

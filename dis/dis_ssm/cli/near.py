@@ -1,10 +1,10 @@
-"""What a mistyped command or flag was meant to be."""
+"""What a mistyped flag was meant to be."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from dis_ssm.config import Config, flat, to_dict
+from dis_ssm.nearest import nearest
 
 SYNONYMS = {  # what other programs call it: what it is called here
     "learning-rate": "lr",
@@ -25,10 +25,6 @@ SYNONYMS = {  # what other programs call it: what it is called here
 }
 
 
-def near_names(name: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(known), n=1)
-
-
 def near_flags(arguments: list[str], command: Callable[..., int]) -> dict[str, list[str]]:
     """{flag that `command` does not have: flags that it may have been meant to be}."""
     known, found = _flags(command), {}
@@ -44,7 +40,7 @@ def _near(name: str, known: list[str]) -> list[str]:
     leaf = SYNONYMS.get(leaf, leaf)
     same = [flag for flag in known if flag[2:].rpartition(".")[2] == leaf]
     exact = f"--{section}.{leaf}" if section else f"--{leaf}"
-    return [exact] if exact in same else same or difflib.get_close_matches(f"--{name}", known, n=1)
+    return [exact] if exact in same else same or nearest(f"--{name}", known)[:1]
 
 
 def _flags(command: Callable[..., int]) -> list[str]:

@@ -99,7 +99,7 @@ def evaluate_samples(
     with world.together():
         generated = open_images(samples, background=background)
         if len(generated) < 2:
-            raise ValueError(f"{samples} is 1 image: a distance needs 2 or more")
+            raise ValueError(f"{generated.name} is 1 image: a distance needs 2 or more")
         stored, real = open_reference(reference, split, image_size, background)
         if save_reference is not None:
             _check_savable(Path(save_reference), stored)

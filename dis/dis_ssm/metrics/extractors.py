@@ -240,6 +240,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     ):
         raise ValueError(f"{path} holds no state dict (tensors by name)")
     for key, value in state.items():
+        if value.is_meta or value.layout is not torch.strided:
+            raise ValueError(f"{path}: {key} is not a dense tensor with its numbers")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{path}: {key} is not finite")
     return dict(state), hashlib.sha256(raw).hexdigest()

@@ -12,10 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.data import IMAGE_SUFFIXES, Files, ImageDataset, composed_text, open_dataset
+from dis_ssm.data import (
+    IMAGE_SUFFIXES,
+    SOURCES,
+    Files,
+    ImageDataset,
+    composed_text,
+    open_dataset,
+    refuse_run,
+)
+from dis_ssm.reading import check_regular, parsing
 from dis_ssm.sources.decode import check_background, check_pixels, decode
 from dis_ssm.sources.files import image_files
-from dis_ssm.sources.reading import check_regular, parsing
 
 ADM_IMAGES = "arr_0"  # the key of images in ADM's files
 CHANNELS = (1, 3)  # grey, RGB
@@ -76,11 +84,14 @@ def open_images(
     if path.suffix == ".npz":
         check_regular(path)
         return NpzImages(path)
+    is_folder = str(source) not in SOURCES and path.is_dir()
     zipped = path.suffix.lower() == ".zip" and path.exists()
-    if image_size is None and (zipped or path.is_dir()):
+    if is_folder:
+        refuse_run(path)
+    if image_size is None and (zipped or is_folder):
         if files := image_files(path, split):
-            return EncodedImages(files, "folder" if path.is_dir() else "zip", background)
-        if not path.is_dir() or not any(path.iterdir()):
+            return EncodedImages(files, "folder" if is_folder else "zip", background)
+        if not is_folder or not any(path.iterdir()):
             raise ValueError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     options = {"max_corrupt": 0, "background": background, "relabel": True}
     return DatasetImages(open_dataset(source, split, image_size, **options))

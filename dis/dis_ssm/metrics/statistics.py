@@ -21,7 +21,7 @@ from dis_ssm.checkpoint import drafted
 from dis_ssm.data import epoch_order
 from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
 from dis_ssm.metrics.readers import ADM_IMAGES, npz_keys, open_npy
-from dis_ssm.sources.reading import parse_json, parsing
+from dis_ssm.reading import parse_json, parsing
 
 GROUPS = 8
 BLOCK = 512  # feature vectors that enter a covariance together

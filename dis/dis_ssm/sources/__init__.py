@@ -6,13 +6,13 @@ at a time from where they lie). Nothing is downloaded, unpacked to disk or copie
 code that a file holds is run.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+from dis_ssm.nearest import nearest
+from dis_ssm.reading import check_regular
 from dis_ssm.sources import arrays, files, tables
 from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, Pixels
-from dis_ssm.sources.reading import check_regular
 from dis_ssm.sources.walk import IMAGE_SUFFIXES
 
 __all__ = ["IMAGE_SUFFIXES", "NO_LABEL", "SOURCES", "SPLITS", "Files", "Pixels"]
@@ -62,7 +62,7 @@ def recognise(source: str | Path) -> tuple[str, Path]:
 
 
 def _unknown_source(source: str) -> str:
-    near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
+    near = nearest(source, SOURCES)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
         f"unknown data source {source!r}{hint}: give one of {', '.join(SOURCES)} or an existing "

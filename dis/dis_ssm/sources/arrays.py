@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dis_ssm.extras import how_to_install
+from dis_ssm.reading import FileError, check_size, parsing, read_bytes, read_text
 from dis_ssm.sources.base import Pixels
-from dis_ssm.sources.reading import FileError, check_size, parsing, read_bytes, read_text
 
 IDX_PREFIX = {"train": "train", "heldout": "t10k"}
 CIFAR_SHAPE = (3, 32, 32)
@@ -135,8 +135,8 @@ def cifar(path: Path, split: str) -> Pixels:
         class_names = content[meta].decode(errors="replace").strip().splitlines()
     else:
         class_names = _unpickle(content[meta], f"{home}: {meta}").get("label_names")
-    if not class_names:
-        raise ValueError(f"{home}: {meta} names no classes")
+    if not class_names or not isinstance(class_names, list):
+        raise ValueError(f"{home}: {meta} names no classes: it holds no list 'label_names'")
     parse = _cifar_binary if binary else _cifar_pickle
     parts = [parse(content[name], f"{home}: {name}") for name in names]
     sizes = [len(labels) for _, labels in parts]

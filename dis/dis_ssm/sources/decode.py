@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from PIL import Image, UnidentifiedImageError
 
-from dis_ssm.sources.reading import MAX_PIXELS, check_size, reason
+from dis_ssm.reading import MAX_PIXELS, check_size, reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "drop": None}

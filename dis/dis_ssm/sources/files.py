@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, PerThread
-from dis_ssm.sources.reading import (
+from dis_ssm.reading import (
     check_size,
     parse_json,
     read_bytes,
     read_text,
 )
+from dis_ssm.sources.base import NO_LABEL, SPLITS, Files, PerThread
 from dis_ssm.sources.walk import (
     IMAGE_SUFFIXES,
     LABEL_TABLE,

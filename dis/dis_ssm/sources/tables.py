@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from dis_ssm.extras import how_to_install
-from dis_ssm.sources.base import NO_LABEL, Files, PerThread
-from dis_ssm.sources.reading import (
+from dis_ssm.reading import (
     FileError,
     check_regular,
     check_size,
     parse_json,
     parsing,
+    read_json,
     reason,
 )
+from dis_ssm.sources.base import NO_LABEL, Files, PerThread
 from dis_ssm.sources.walk import is_hidden
 
 HF_SPLITS = {"train": ("train",), "heldout": ("validation", "test")}
@@ -265,6 +266,9 @@ def arrow(path: Path, split: str) -> Files:
     datasets = _need("datasets")
     for file in path.glob("**/*.arrow"):
         check_regular(file)
+    for file in path.glob("**/*.json"):
+        if not isinstance(read_json(file), dict):
+            raise FileError(f"{file} holds no object: get it again")
     with parsing(f"{path} is not a whole save_to_disk folder"):
         found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.DatasetDict):

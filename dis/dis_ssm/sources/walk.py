@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import features
 
-from dis_ssm.sources.reading import FileError, check_regular, check_size, parsing, read_bytes
+from dis_ssm.reading import FileError, check_regular, check_size, parsing, read_bytes
 
 IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -110,12 +110,12 @@ def _add_entry(found: Listing, name: str, entry: os.DirEntry) -> bool:
         raise FileError(f"{entry.path} is a link to nothing: mend or remove it")
     elif entry.is_dir():
         return True
-    elif not (is_image(entry.name) or entry.name == LABEL_TABLE):
+    elif entry.name == LABEL_TABLE:
+        found.tables.add(name.rpartition("/")[0])
+    elif not is_image(entry.name):
         found.left_out[NO_IMAGE].append(name)
     elif not entry.is_file():
         found.left_out[IRREGULAR].append(name)
-    elif entry.name == LABEL_TABLE:
-        found.tables.add(name.rpartition("/")[0])
     else:
         found.images.append(name)
     return False

@@ -1,6 +1,7 @@
 """Files from outside: regular files only, of a bounded size, and one error for what is wrong."""
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -30,13 +31,24 @@ def parsing(what: object) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """What went wrong, also where the exception itself has no words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error) if str(error).strip("' ") else type(error).__name__
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """FileError naming `where` for what is no JSON in UTF-8, or too deep."""
+    """FileError naming `where` for what is no JSON in UTF-8, too deep, or names a key twice."""
     with parsing(f"{where} is not valid JSON"):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {twice!r} twice")
+    return found
 
 
 def check_regular(path: Path) -> None:
@@ -63,6 +75,17 @@ def read_text(path: Path) -> str:
     """A text file in UTF-8; FileError naming it."""
     with parsing(f"cannot read {path}"):
         return read_bytes(path).decode()
+
+
+def read_json(path: Path) -> Any:
+    """FileError naming it for a file that is missing, irregular, too large, or no JSON in UTF-8."""
+    return parse_json(read_text(path), path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
