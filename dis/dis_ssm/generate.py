@@ -100,8 +100,7 @@ def open_artist(
     compiled: bool = False,
 ) -> Artist:
     """The artist of a checkpoint. `vae` is a folder, a hub id, "none", or None for the one of the
-    run's config or latent cache, if there is one. ValueError where there is none and nothing tells
-    whether the model draws images or latents."""
+    run's config or latent cache, if there is one."""
     check_forced()
     model, config = load_model(checkpoint, weights=weights, device=device)
     source = config.data.source
@@ -109,8 +108,6 @@ def open_artist(
     decoder = None
     if name and name != NO_VAE:
         decoder = load_decoder(name, source, config.model.in_channels, device)
-    else:
-        learned_latents(config)
     if compiled:
         model.compile()
     return Artist(model, config, decoder, device, precision)

@@ -141,7 +141,8 @@ def is_cache(source: str | Path) -> bool:
 
 def learned_latents(config: Config) -> bool:
     """Whether the model of a run draws latents: as its config says or, in runs of 0.1.0, as its
-    data shows. ValueError when that has gone and nothing else tells."""
+    data shows. Where that has gone, too, its grey or RGB channels are taken for images, with a
+    warning."""
     model, data = config.model, config.data
     if model.in_channels not in VISIBLE_CHANNELS:
         return True
@@ -152,10 +153,12 @@ def learned_latents(config: Config) -> bool:
     if Path(data.source).expanduser().exists():
         return is_cache(data.source)
     if data.image_size is None:
-        raise ValueError(
-            f"{data.source} has gone, and the run does not say whether that was images or latents: "
-            f"restore it, or give --vae what decodes its latents"
+        warnings.warn(
+            f"{data.source} has gone and the run does not say whether it held images or latents: "
+            f"it is taken for images; if it held latents, give --vae what decodes them",
+            stacklevel=2,
         )
+        return False
     return model.input_size != (data.image_size, data.image_size)
 
 
