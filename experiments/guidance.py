@@ -23,12 +23,12 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from dis_ssm.checkpoint import locate, read_state
 from dis_ssm.cli.evaluate import evaluate
 from dis_ssm.cli.sample import sample
 from dis_ssm.config import from_dict, sample_settings, to_dict
-from dis_ssm.distributed import World, join_world
-from dis_ssm.images import samples_name
+from dis_ssm.sampling.draw import samples_name
+from dis_ssm.storage.checkpoint import locate, read_state
+from dis_ssm.system.distributed import World, join_world
 
 TRADED = ("precision", "recall")
 

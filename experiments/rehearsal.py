@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from dis_ssm.data import open_dataset
-from dis_ssm.images import to_model_space
-from dis_ssm.metrics.compat import declare_torchvision_operators
+from dis_ssm.data.images import to_model_space
+from dis_ssm.data.open import open_dataset
+from dis_ssm.system.extras import declare_torchvision_operators
 
 SIDE, CROPS, PROCESSES = 64, 128, 2
 PATIENCE = 900  # seconds

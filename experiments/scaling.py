@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import study
 
-from dis_ssm.batches import open_run
+from dis_ssm.build import open_run
 from dis_ssm.config import Config, load_config
 
 MARKERS = "osD^v*"

@@ -19,15 +19,17 @@ import tyro
 sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
 from harness import processor, record, write
 
-from dis_ssm.batches import open_run
-from dis_ssm.checkpoint import write_json
-from dis_ssm.config import Config, build_model, differences, load_config, pick_device, to_dict
-from dis_ssm.data import epoch_order, open_dataset
-from dis_ssm.flops import forward_flops
-from dis_ssm.images import save_images
+from dis_ssm.build import build_model, open_run
+from dis_ssm.config import Config, differences, load_config, to_dict
+from dis_ssm.costs.operations import forward_flops
+from dis_ssm.data.open import open_dataset
+from dis_ssm.data.order import epoch_order
 from dis_ssm.metrics import evaluate_samples
-from dis_ssm.runs import score_path
-from dis_ssm.train import train
+from dis_ssm.sampling.grids import save_images
+from dis_ssm.storage.run import score_path
+from dis_ssm.system.files import write_json
+from dis_ssm.system.machine import pick_device
+from dis_ssm.training.trainer import train
 
 __all__ = ["write_json"]
 

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from command_helpers import Began, Late, Outcome
+from helpers import Began, Late, Outcome
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dis_ssm.encoding import encode
-from dis_ssm.hf import load_vae
+from dis_ssm.encoders.encoding import encode
+from dis_ssm.encoders.vae import load_vae
 
 SIDE, COUNT, SHARD, BATCH = 32, 23, 4, 3  # the last shard and batches are short
 BROKEN = 6  # index of the image that is no image
@@ -25,7 +25,7 @@ def restored_warnings(monkeypatch):
 
 
 def make_vae(folder, seed=0, **config):
-    from dis_ssm.metrics.compat import declare_torchvision_operators
+    from dis_ssm.system.extras import declare_torchvision_operators
 
     declare_torchvision_operators()
     from diffusers import AutoencoderKL

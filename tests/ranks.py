@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from dis_ssm.checkpoint import complete_checkpoints, read_part, read_state
-from dis_ssm.train import PARTS
+from dis_ssm.storage.checkpoint import complete_checkpoints, read_part, read_state
+from dis_ssm.training.trainer import PARTS
 
 STEPS, SAVES = 10, 5
 GRACE = 30  # seconds that a scheduler leaves between SIGTERM and SIGKILL
@@ -48,7 +48,10 @@ os.environ.update(environment)
 rank = int(environment.get("RANK", 0))
 
 import torch
-from dis_ssm import checkpoint, cli, preview, train
+from dis_ssm import cli
+from dis_ssm.sampling import pipeline
+from dis_ssm.storage import checkpoint
+from dis_ssm.training import batches, preview, trainer as train
 
 torch.set_num_threads(1)
 
@@ -61,7 +64,7 @@ sys.exit(cli.main(arguments))
 """
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dis_ssm.train", "dis_ssm.cli", "sklearn.datasets"])
+SERVER.set_forkserver_preload(["dis_ssm.training.trainer", "dis_ssm.cli", "sklearn.datasets"])
 
 
 def free_port():

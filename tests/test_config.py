@@ -8,6 +8,7 @@ import tomllib
 import pytest
 import torch
 
+from dis_ssm.build import build_model
 from dis_ssm.config import (
     FREE_ON_RESUME,
     Config,
@@ -15,7 +16,6 @@ from dis_ssm.config import (
     ModelConfig,
     SampleConfig,
     TrainConfig,
-    build_model,
     check_guidance,
     differences,
     from_dict,

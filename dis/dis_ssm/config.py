@@ -18,12 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from dis_ssm.diffusion import Diffusion
-from dis_ssm.model import LARGEST_SIDE, MOST_CLASSES, DiS, DiS_models, create_model
-from dis_ssm.nearest import nearest
-from dis_ssm.reading import parsing, read_json, read_text
+from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
+from dis_ssm.system.nearest import nearest
+from dis_ssm.system.reading import parsing, read_json, read_text
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v", "score"]
@@ -102,7 +99,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """See `dis_ssm.diffusion.Diffusion`."""
+    """See `dis_ssm.diffusion.gaussian.Diffusion`."""
 
     schedule: Schedule = "linear"
     num_steps: int = 1000
@@ -118,7 +115,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """See `dis_ssm.data.open_dataset`."""
+    """See `dis_ssm.data.open.open_dataset`."""
 
     source: str = "digits"  # digits, fashion-mnist, a data set on disk, or a latent cache
     image_size: int | None = None  # side in pixels; folders of images need it
@@ -405,43 +402,6 @@ def check_steps(config: Config, settings: SampleConfig) -> None:
     """ValueError when sampling takes more steps than the diffusion has."""
     if settings.steps > (most := config.diffusion.num_steps):
         raise ValueError(f"sample.steps {settings.steps} exceeds diffusion.num_steps {most}")
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or cuda if there is one, else cpu. ValueError when it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name).item()  # "meta" has tensors, but no numbers in them
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-
-
-def build_model(config: Config) -> DiS:
-    """The DiS of a resolved config, with its initial weights."""
-    values = dataclasses.asdict(config.model)
-    name, sizes = values.pop("name"), {key: values.pop(key) for key in SIZES}
-    given = [key for key, value in sizes.items() if value is not None]
-    values["learn_sigma"] = config.diffusion.learn_sigma
-    if name and given:
-        raise ValueError(f"model.name {name!r} already says {', '.join(given)}: give one or other")
-    if name:
-        return create_model(name, **values)
-    if len(given) < len(SIZES):
-        lacking = ", ".join(key for key in SIZES if key not in given)
-        raise ValueError(f"the model lacks {lacking}: give all of {', '.join(SIZES)}, or a name")
-    return DiS(**sizes, **values)
-
-
-def depth_of(config: Config) -> int:
-    """The number of blocks."""
-    model = config.model
-    return model.depth or DiS_models[model.name].keywords["depth"]
-
-
-def build_diffusion(config: Config) -> Diffusion:
-    return Diffusion(**dataclasses.asdict(config.diffusion))
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

@@ -13,11 +13,7 @@ import torch
 from harness import error
 from torch import Tensor
 
-from dis_ssm.ops import (
-    bidirectional_causal_conv1d,
-    bidirectional_selective_scan,
-    selective_scan,
-)
+from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan, selective_scan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUNDS = {"values": 4e-6, "gradients": 4e-5}  # float32, of the largest entry

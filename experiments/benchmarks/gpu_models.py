@@ -10,8 +10,8 @@ import torch
 from harness import race
 from step import CHANNELS, CLASSES
 
-from dis_ssm.attention import build
-from dis_ssm.mixer import BiMamba
+from dis_ssm.models.mixer import BiMamba
+from dis_ssm.models.peers import build
 
 STEPS = 1000  # of the diffusion, the range of t
 

@@ -18,7 +18,7 @@ import torch
 from harness import processor, record, write
 from safetensors.torch import save_file
 
-from dis_ssm.latents import FORMAT, MANIFEST, LatentDataset, open_cache, shard_spans
+from dis_ssm.data.latents import FORMAT, MANIFEST, LatentDataset, open_cache, shard_spans
 
 SHAPE = (4, 32, 32)  # sd-vae-ft-ema at 256 x 256
 ROUNDS = 5

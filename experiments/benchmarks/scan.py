@@ -18,7 +18,8 @@ import peers
 import torch
 from harness import MEASURED, error, processor, race, record, require, write
 
-from dis_ssm.ops import bidirectional_selective_scan, native, selective_scan
+from dis_ssm.ops import bidirectional_selective_scan, selective_scan
+from dis_ssm.ops import cpu as native
 
 BOUND = 2e-5  # error allowed, of the largest entry
 

@@ -16,10 +16,10 @@ import torch
 from harness import MEASURED, processor, race, record, write
 from torch.profiler import ProfilerActivity, profile
 
-from dis_ssm.attention import build
-from dis_ssm.flops import kept_bytes
-from dis_ssm.mixer import BiMamba
-from dis_ssm.ops import native
+from dis_ssm.costs.operations import kept_bytes
+from dis_ssm.models.mixer import BiMamba
+from dis_ssm.models.peers import build
+from dis_ssm.ops import cpu as native
 
 CHANNELS, CLASSES = 4, 1000
 PRODUCTS = ("aten::addmm", "aten::addmm_", "aten::mm", "aten::bmm")

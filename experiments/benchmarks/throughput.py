@@ -5,9 +5,10 @@
 
 A training step is forward, mean square, backward and AdamW; sampling is one network evaluation, of
 which a sample takes one a step, two with guidance. DiT is diffusers' class with one pair of
-embedders, U-ViT `dis_ssm.attention.UViT`. All contenders of a resolution take turns in one process,
-at the same batch: as many images as hold ``--tokens`` patches of 2x2. "peak GB" is what the tensors
-of one contender take, its weights and optimizer included. A PNG is drawn beside the JSON.
+embedders, U-ViT `dis_ssm.models.uvit.UViT`. All contenders of a resolution take turns in one
+process, at the same batch: as many images as hold ``--tokens`` patches of 2x2. "peak GB" is what
+the tensors of one contender take, its weights and optimizer included. A PNG is drawn beside the
+JSON.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from harness import MEASURED, processor, race, record, write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dis_ssm.attention import build
-from dis_ssm.flops import count, sketch
-from dis_ssm.ops import native
+from dis_ssm.costs.operations import count, sketch
+from dis_ssm.models.peers import build
+from dis_ssm.ops import cpu as native
 
 CHANNELS, CLASSES, PATCH = 4, 1000, 2
 STEPS = 1000  # of the diffusion, the range of t

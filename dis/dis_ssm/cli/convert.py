@@ -20,7 +20,7 @@ def convert(
         run: the folder to write.
         input_size: height and width; a square is assumed.
     """
-    from dis_ssm.convert import convert_file
+    from dis_ssm.interop.released import convert_file
 
     convert_file(source, run, input_size, report=lambda note: print(f"{source}: {note}"))
     print(run)

@@ -7,8 +7,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from dis_ssm.cli.messages import fail
-from dis_ssm.distributed import join_world
-from dis_ssm.hf import DEFAULT_VAE
+from dis_ssm.encoders.vae import DEFAULT_VAE
+from dis_ssm.system.distributed import join_world
 
 
 def encode(
@@ -46,8 +46,8 @@ def encode(
         relabel: number the labels that occur 0, 1, ..., however large they are.
         check: instead, read this cache and name the shards that are damaged.
     """
-    from dis_ssm.encoding import encode as run_encoding
-    from dis_ssm.latents import AGAIN, check_cache
+    from dis_ssm.data.latents import AGAIN, check_cache
+    from dis_ssm.encoders.encoding import encode as run_encoding
 
     if (source is None or cache is None) if check is None else (source or cache):
         raise ValueError("give SOURCE and CACHE to encode, or --check CACHE alone")

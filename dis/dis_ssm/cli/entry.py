@@ -19,9 +19,9 @@ from dis_ssm.cli.near import near_flags
 from dis_ssm.cli.sample import sample
 from dis_ssm.cli.train import INTERRUPTED, base_of, train_command
 from dis_ssm.config import Config
-from dis_ssm.distributed import RankError
-from dis_ssm.nearest import nearest
-from dis_ssm.ops.native import BackendError
+from dis_ssm.ops.cpu import BackendError
+from dis_ssm.system.distributed import RankError
+from dis_ssm.system.nearest import nearest
 from dis_ssm.version import __version__
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, BackendError, RankError)

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from dis_ssm.checkpoint import check_writable, locate, write_json
-from dis_ssm.distributed import World, join_world
-from dis_ssm.runs import is_run
+from dis_ssm.storage.checkpoint import locate
+from dis_ssm.storage.run import is_run
+from dis_ssm.system.distributed import World, join_world
+from dis_ssm.system.files import check_writable, write_json
 
 DEFAULT_EXTRACTOR = "inception"
 
@@ -127,7 +128,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _score_alone(run: Path, out: Path | None, device: str | None, **options: Any) -> int:
-    from dis_ssm.evaluate import evaluate_run, format_scores, scores_path
+    from dis_ssm.metrics.run_scores import evaluate_run, format_scores, scores_path
 
     with join_world(device) as world:
         if world.size > 1:
@@ -146,8 +147,8 @@ def _score_alone(run: Path, out: Path | None, device: str | None, **options: Any
 def _score_drawn(
     run: Path, reference: str | None, out: Path | None, world: World, **options: Any
 ) -> int:
-    from dis_ssm.evaluate import evaluate_drawn
     from dis_ssm.metrics import format_report
+    from dis_ssm.metrics.drawn import evaluate_drawn
 
     folder, _ = locate(run)
     check_writable(out or folder / "scores" / "trial.json")

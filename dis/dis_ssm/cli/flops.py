@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from dis_ssm.checkpoint import check_writable, write_json
-from dis_ssm.extras import how_to_install
+from dis_ssm.system.extras import how_to_install
+from dis_ssm.system.files import check_writable, write_json
 
 
 def flops(
@@ -26,7 +26,7 @@ def flops(
         json: write the counts to this file.
         plot: draw cost against the number of tokens to this file (.png, .pdf, .svg).
     """
-    from dis_ssm.complexity import draw, format_report, report
+    from dis_ssm.costs.complexity import draw, format_report, report
 
     for path in filter(None, (json, plot)):
         check_writable(path)

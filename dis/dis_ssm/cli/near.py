@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 
 from dis_ssm.config import Config, flat, to_dict
-from dis_ssm.nearest import nearest
+from dis_ssm.system.nearest import nearest
 
 SYNONYMS = {  # what other programs call it: what it is called here
     "learning-rate": "lr",

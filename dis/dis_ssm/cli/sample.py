@@ -7,11 +7,13 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from dis_ssm.checkpoint import check_writable, identity, locate, read_state, versions
-from dis_ssm.classes import class_labels, class_names
 from dis_ssm.cli.messages import print_warning
 from dis_ssm.config import MOST_IMAGES, sample_settings
-from dis_ssm.distributed import join_world
+from dis_ssm.storage.checkpoint import identity, locate, read_state
+from dis_ssm.storage.classes import class_labels, class_names
+from dis_ssm.system.distributed import join_world
+from dis_ssm.system.files import check_writable
+from dis_ssm.system.machine import versions
 
 NUM = 100  # images, unless asked for more or fewer
 LARGEST_GRID = 1000  # images
@@ -64,8 +66,10 @@ def sample(
         out: NAME.png or NAME.npz; by default in the run's samples folder, named after the step and
             these options, a grid up to 1000 images.
     """
-    from dis_ssm.generate import draw_grid, draw_labels, generate, open_artist
-    from dis_ssm.images import check_format, samples_name
+    from dis_ssm.sampling.draw import samples_name
+    from dis_ssm.sampling.grids import check_format
+    from dis_ssm.sampling.pipeline import open_artist
+    from dis_ssm.sampling.sets import draw_grid, draw_labels, generate
 
     if out:
         check_format(out)

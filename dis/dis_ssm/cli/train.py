@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from dis_ssm.config import RUN_CONFIG, Config, load_config, named_configs
-from dis_ssm.runs import is_run
+from dis_ssm.storage.run import is_run
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -41,9 +41,9 @@ def train_command(base: Config) -> Callable[..., int]:
                 schedule then ends there.
             dry_run: print the resolved config and its sizes, write nothing.
         """
-        from dis_ssm.flops import describe
-        from dis_ssm.train import extended
-        from dis_ssm.train import train as run_training
+        from dis_ssm.training.describe import describe
+        from dis_ssm.training.trainer import extended
+        from dis_ssm.training.trainer import train as run_training
 
         if dry_run:
             print(describe(config if extend is None else extended(config, extend)))

@@ -2,8 +2,8 @@
 
 import torch
 
-from dis_ssm.extras import how_to_install
 from dis_ssm.metrics.pixels import pixel_features
+from dis_ssm.system.extras import how_to_install
 
 MAX_SIDE = 32
 

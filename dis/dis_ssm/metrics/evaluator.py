@@ -15,24 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.checkpoint import check_writable, versions
-from dis_ssm.config import pick_device
-from dis_ssm.data import ImageDataset, epoch_order
-from dis_ssm.distributed import World
+from dis_ssm.data.datasets import ImageDataset
+from dis_ssm.data.order import epoch_order
 from dis_ssm.metrics.extractors import Extractor, open_extractor
+from dis_ssm.metrics.features import Scanned, scan
 from dis_ssm.metrics.frechet import Gaussian
 from dis_ssm.metrics.manifold import Manifold
 from dis_ssm.metrics.readers import Images, NpzImages, npz_keys, open_images
 from dis_ssm.metrics.report import warnings_about
-from dis_ssm.metrics.scan import Scanned, scan
-from dis_ssm.metrics.scores import (
-    Halving,
-    frechet_score,
-    halving,
-    inception_score,
-    manifold_scores,
-)
+from dis_ssm.metrics.scores import Halving, frechet_score, halving, inception_score, manifold_scores
 from dis_ssm.metrics.statistics import ADM_KEYS, StoredStatistics
+from dis_ssm.system.distributed import World
+from dis_ssm.system.files import check_writable
+from dis_ssm.system.machine import pick_device, versions
 
 REFERENCE_IMAGES = 10_000  # what ADM's reference files hold for precision and recall
 SPLITS = 10
@@ -70,7 +65,7 @@ def evaluate_samples(
             `Extractor`.
         batch_size: images in one pass of the network; another one rounds differently.
         world: None for this process alone, on the best device. All its processes must call.
-        split, image_size: of a `reference` that `dis_ssm.data.open_dataset` opens.
+        split, image_size: of a `reference` that `dis_ssm.data.open.open_dataset` opens.
         splits: of the Inception score, consecutive in the order of the images.
         neighbours: k of precision and recall.
         reference_images: precision and recall take no more than so many images of the reference,

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_ssm.metrics.compat import require
 from dis_ssm.metrics.pixels import pixel_features
+from dis_ssm.system.extras import require
 
 NAMES = ("inception", "lite0", "dinov2", "pixels")
 TF_2015 = "6726825d"  # what the SHA-256 of torch-fidelity's Inception weights starts with

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dis_ssm.distributed import World
+from dis_ssm.system.distributed import World
 
 ROWS = 512  # a row block against all columns is what one process computes at a time
 COLUMNS = 8192

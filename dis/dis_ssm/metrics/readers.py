@@ -12,18 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.data import (
-    IMAGE_SUFFIXES,
-    SOURCES,
-    Files,
-    ImageDataset,
-    composed_text,
-    open_dataset,
-    refuse_run,
-)
-from dis_ssm.reading import check_regular, parsing
-from dis_ssm.sources.decode import check_background, check_pixels, decode
-from dis_ssm.sources.files import image_files
+from dis_ssm.data.datasets import ImageDataset, composed_text
+from dis_ssm.data.open import open_dataset, refuse_run
+from dis_ssm.data.sources import SOURCES
+from dis_ssm.data.sources.base import Files
+from dis_ssm.data.sources.decode import check_background, check_pixels, decode
+from dis_ssm.data.sources.files import image_files
+from dis_ssm.data.sources.walk import IMAGE_SUFFIXES
+from dis_ssm.system.reading import check_regular, parsing
 
 ADM_IMAGES = "arr_0"  # the key of images in ADM's files
 CHANNELS = (1, 3)  # grey, RGB
@@ -69,10 +65,11 @@ def open_images(
     - FILE.npz with ``arr_0``, uint8 (n, H, W, C), as ADM writes; streamed, never held as a whole;
     - a folder or FILE.zip of images, sub-folders included, in the order of their names, as RGB; of
       one with ``train/`` and ``heldout/``, the folder `split`;
-    - with `image_size`, or for any other `source`: `dis_ssm.data.open_dataset` of it and `split`,
-      which crops and scales images of any size.
+    - with `image_size`, or for any other `source`: `dis_ssm.data.open.open_dataset` of it and
+      `split`, which crops and scales images of any size.
 
-    Encoded images with alpha are composed on `background` (see `dis_ssm.data.FileDataset`).
+    Encoded images with alpha are composed on `background`, as in
+    `dis_ssm.data.datasets.FileDataset`.
 
     Raises ValueError for sources that are empty, damaged, of mixed sizes or not uint8, and for a
     `split` that the source does not have.

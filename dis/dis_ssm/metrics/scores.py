@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from dis_ssm.distributed import World
+from dis_ssm.metrics.features import Scanned
 from dis_ssm.metrics.frechet import Gaussian
 from dis_ssm.metrics.manifold import Manifold, precision_recall
-from dis_ssm.metrics.scan import Scanned
 from dis_ssm.metrics.statistics import ALL, HALVES, T_95, halves_error
+from dis_ssm.system.distributed import World
 
 Halving = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_ssm.checkpoint import drafted
-from dis_ssm.data import epoch_order
+from dis_ssm.data.order import epoch_order
 from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
 from dis_ssm.metrics.readers import ADM_IMAGES, npz_keys, open_npy
-from dis_ssm.reading import parse_json, parsing
+from dis_ssm.system.files import drafted
+from dis_ssm.system.reading import parse_json, parsing
 
 GROUPS = 8
 BLOCK = 512  # feature vectors that enter a covariance together

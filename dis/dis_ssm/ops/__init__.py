@@ -1,7 +1,7 @@
 """The operations of a Mamba block, each with its PyTorch reference beside it."""
 
-from dis_ssm.ops.backend import backend_report
 from dis_ssm.ops.conv import bidirectional_causal_conv1d, causal_conv1d
+from dis_ssm.ops.dispatch import backend_report
 from dis_ssm.ops.scan import bidirectional_selective_scan, selective_scan
 
 __all__ = [

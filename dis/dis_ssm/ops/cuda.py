@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import cache
-from dis_ssm.ops.native import BackendError
+from dis_ssm.ops import kernel_cache as cache
+from dis_ssm.ops.cpu import BackendError
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
 INSTALL = "pip install 'dis-ssm[cuda]'"

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dis_ssm.ops import native
-from dis_ssm.ops.backend import no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops import cpu as native
+from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
 
 
 def add_rms_norm(

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cuda, native, peer
-from dis_ssm.ops.backend import no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops import cpu as native
+from dis_ssm.ops import cuda
+from dis_ssm.ops import mamba_ssm as peer
+from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
 
 
 def selective_scan(

@@ -1,0 +1,88 @@
+"""Between the model's numbers and pictures: uint8, numbered sets of samples, grids.
+
+Images are (n, C, H, W); model space is float32 in [-1, 1].
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dis_ssm.config import SampleConfig
+from dis_ssm.data.images import to_uint8
+from dis_ssm.diffusion.gaussian import Diffusion
+from dis_ssm.sampling.samplers import sample
+from dis_ssm.sampling.seeds import image_generators, image_noise
+
+
+def samples_name(
+    step: int, settings: SampleConfig, weights: str = "ema", classes: tuple[int, ...] = ()
+) -> str:
+    """What tells one set of samples of a run from another, as the name of its file."""
+    parts = ["step", step, settings.sampler, settings.steps, "cfg", f"{settings.cfg_scale:g}"]
+    if settings.cfg_channels is not None:
+        parts += ["channels", settings.cfg_channels]
+    if settings.cfg_interval is not None:
+        parts += ["in", *(f"{t:g}" for t in settings.cfg_interval)]
+    parts += ["eta", f"{settings.eta:g}"] if settings.eta else []
+    parts += [] if weights == "ema" else [weights]
+    parts += ["classes", *classes] if classes else []
+    return "-".join(map(str, [*parts, "num", settings.num, "seed", settings.seed]))
+
+
+def draw_images(*arguments, **options) -> Tensor:
+    """`draw_samples` as uint8."""
+    return to_uint8(draw_samples(*arguments, **options))
+
+
+@torch.no_grad()
+def draw_samples(
+    model: nn.Module,
+    diffusion: Diffusion,
+    shape: tuple[int, int, int],
+    indices: Sequence[int],
+    labels: Tensor | None,
+    settings: SampleConfig,
+    *,
+    progress: bool = False,
+    callback: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Samples `indices` of `shape` (C, H, W) on the CPU, float32 in model space, not clipped.
+
+    Sample i depends on (settings.seed, i): all its noise comes from generator i. labels are int64,
+    one for each of `indices`, or None. The model is used as it is; put it in eval mode first. Calls
+    `callback` after each sampling step. Warns of samples that are not finite.
+    """
+    device = next(model.parameters()).device
+    places = torch.arange(len(indices)).split(settings.batch_size)
+    parts = [torch.empty(0, *shape)]
+
+    def stepped(*_) -> None:
+        bar.update()
+        callback()
+
+    with tqdm(total=settings.steps * len(places), unit="step", disable=not progress) as bar:
+        for place in places:
+            generators = image_generators(settings.seed, [indices[i] for i in place.tolist()])
+            images = sample(
+                model,
+                diffusion,
+                image_noise(shape, generators, device),
+                None if labels is None else labels[place].to(device),
+                steps=settings.steps,
+                sampler=settings.sampler,
+                eta=settings.eta,
+                cfg_scale=settings.cfg_scale,
+                cfg_channels=settings.cfg_channels,
+                cfg_interval=settings.cfg_interval,
+                generator=generators,
+                callback=stepped,
+                clip_denoised=settings.clip_denoised,
+            )
+            parts.append(images.cpu())
+    images = torch.cat(parts)
+    if wrong := (~images.isfinite()).flatten(1).any(1).sum().item():
+        warnings.warn(f"{wrong} of {len(indices)} images are not finite", stacklevel=2)
+    return images

@@ -1,0 +1,1 @@
+"""What any program needs, whatever it computes."""

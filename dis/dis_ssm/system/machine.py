@@ -1,0 +1,23 @@
+"""The machine: its devices, and the versions that results depend on."""
+
+import platform
+
+import torch
+
+from dis_ssm.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """What bit-exactness depends on, besides the machine."""
+    return {"dis_ssm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or cuda if there is one, else cpu. ValueError when it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name).item()  # "meta" has tensors, but no numbers in them
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error

@@ -1,0 +1,7 @@
+"""Training of a run: `train` begins, continues or extends it."""
+
+from dis_ssm.training.trainer import train
+
+__all__ = [
+    "train",
+]

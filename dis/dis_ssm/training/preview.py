@@ -1,0 +1,171 @@
+"""What a run shows while it trains: sample grids and scores of the averaged weights.
+
+All ranks draw, each its share of the images, with a model of their own that nobody waits for.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dis_ssm.build import build_model
+from dis_ssm.config import Config, SampleConfig
+from dis_ssm.data.datasets import ImageDataset
+from dis_ssm.data.images import VISIBLE_CHANNELS
+from dis_ssm.data.latents import LatentDataset
+from dis_ssm.encoders.decoding import cached_vae, load_decoder
+from dis_ssm.sampling.grids import label_columns
+from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.storage.classes import grid_caption
+from dis_ssm.system.distributed import World
+from dis_ssm.training.averages import EMA
+from dis_ssm.training.signals import StopSignal
+
+if TYPE_CHECKING:
+    from dis_ssm.metrics.frechet import Gaussian
+
+
+CHUNK = 64  # images an extractor sees at once
+STOP = "stop"  # what ranks call to one another while they draw
+
+
+class Stopped(Exception):
+    """A signal arrived on some rank while all were drawing."""
+
+
+class Painter:
+    """Draws pixels from an `EMA`; latents are decoded by the VAE of the config or of the cache.
+
+    `visible` is false when there is no way to show what the model draws.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, world: World):
+        self.config, self.world, self.class_names = config, world, dataset.class_names
+        self.vae = None
+        if isinstance(dataset, LatentDataset):
+            name = config.data.vae or cached_vae(config.data.source)
+            name = world.gather(name)[0]
+            if name:
+                channels = config.model.in_channels
+                self.vae = load_decoder(name, config.data.source, channels, world.device)
+            self.visible = bool(self.vae)
+        else:
+            self.visible = config.model.in_channels in VISIBLE_CHANNELS
+
+    def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int]:
+        """uint8 images for a grid, on every rank, and its columns. Raises Stopped."""
+        settings, classes = self.config.sample, range(self.config.model.num_classes)
+        columns = label_columns(settings.num, list(classes))[1]
+        own = self.draw(ema, settings.num, settings, stop)
+        return torch.cat(self.world.gather(own)), columns
+
+    def caption(self) -> str:
+        """The names of the classes that a preview shows; empty without any."""
+        classes = list(range(self.config.model.num_classes))
+        return grid_caption(*label_columns(self.config.sample.num, classes), self.class_names)
+
+    def draw(self, ema: EMA, num: int, settings: SampleConfig, stop: StopSignal) -> Tensor:
+        """This rank's share of images 0 to num - 1, uint8. Raises Stopped on all ranks alike."""
+        world, model = self.world, self.config.model
+        averages = ema.whole()
+        labels, _ = label_columns(num, list(range(model.num_classes)))
+        share = range(num)[world.share(num)]
+        drawn = share or range(1)  # a rank without a share draws one image for nobody
+        labels = None if labels is None else labels[drawn.start : drawn.stop]
+
+        def look_up() -> None:
+            if stop.received:
+                world.call(STOP)
+            if stop.received or world.heard(STOP):
+                raise Stopped
+
+        images = None
+        try:
+            images = self._draw(averages, drawn, labels, settings, look_up)[: len(share)]
+        except Stopped:
+            pass
+        if not all(world.gather(images is not None)):
+            raise Stopped
+        return images
+
+    def _draw(self, averages, indices, labels, settings, callback) -> Tensor:
+        with torch.device("meta"):
+            model = build_model(self.config)
+        model.load_state_dict(averages, assign=True)
+        model.eval().requires_grad_(False)
+        device, precision = self.world.device, self.config.train.precision
+        artist = Artist(model, self.config, self.vae, device, precision)
+        return artist.draw(indices, labels, settings, callback=callback)
+
+
+class Scorer:
+    """Fréchet distance between samples and a reference, on the features of [score]'s extractor."""
+
+    def __init__(self, config: Config, dataset: ImageDataset, painter: Painter):
+        self.config, self.painter, self.world = config, painter, painter.world
+        from dis_ssm.metrics.extractors import open_extractor
+
+        settings = config.score
+        if not painter.visible:
+            raise ValueError("score.every needs images: give data.vae, which decodes the latents")
+        if settings.reference is None and isinstance(dataset, LatentDataset):
+            raise ValueError(
+                "score.every with latents needs score.reference: images, or statistics of them"
+            )
+        with self.world.together():  # one rank alone downloads what must be downloaded
+            if self.world.main:
+                open_extractor(settings.extractor, weights=settings.weights)
+        device = self.world.device
+        self.extractor = open_extractor(settings.extractor, weights=settings.weights, device=device)
+        self.reference = self._reference(dataset)
+        found = self._features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+        if found != len(self.reference.mean):
+            raise ValueError(
+                f"score.reference {settings.reference} has {len(self.reference.mean)} features, "
+                f"{settings.extractor} {found}: give statistics of the same extractor"
+            )
+
+    def score(self, ema: EMA, stop: StopSignal) -> dict[str, float | int | str]:
+        """The distance of `score.num` samples, on every rank. Raises Stopped."""
+        from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
+
+        settings = self.config.score
+        drawing = dataclasses.replace(self.config.sample, num=settings.num)
+        images = self.painter.draw(ema, settings.num, drawing, stop)
+        own = [self._features(part) for part in images.split(CHUNK) if len(part)]
+        features = torch.cat([part for parts in self.world.gather(own) for part in parts])
+        found = FeatureStatistics().update(features)
+        return {
+            "frechet_distance": self.reference.distance(Gaussian(found.mean, found.cov())),
+            "extractor": settings.extractor,
+            "num": settings.num,
+            "sampler": drawing.sampler,
+            "steps": drawing.steps,
+            "cfg_scale": drawing.cfg_scale,
+            "seed": drawing.seed,
+        }
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.extractor(images.expand(-1, 3, -1, -1))["pool"]
+
+    def _reference(self, dataset: ImageDataset) -> "Gaussian":
+        """Statistics from a file, or of the images named, of which each rank reads its share."""
+        from dis_ssm.metrics.evaluator import open_reference
+        from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
+
+        settings, data = self.config.score, self.config.data
+        named = settings.reference or (dataset if settings.split == "train" else data.source)
+        try:
+            stored, images = open_reference(named, settings.split, data.image_size, data.background)
+        except ValueError as error:
+            raise ValueError(f"the reference of scores (score.reference): {error}") from error
+        if stored:
+            return stored.gaussians["pool"]
+        found, share = FeatureStatistics(), self.world.share(len(images))
+        for start in range(share.start, share.stop, CHUNK):
+            found.update(self._features(images.read(start, min(start + CHUNK, share.stop))))
+        first, *others = self.world.gather(found)
+        for other in others:
+            first.merge(other)
+        return Gaussian(first.mean, first.cov())
