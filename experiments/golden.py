@@ -3,12 +3,12 @@
     python experiments/golden.py OLD NEW [--work FOLDER]
 
 Each of OLD and NEW is a git commit or a source tree, a folder that holds `dis/` and `kernels/`. For
-both, in processes of one thread on the CPU, small models are trained, stopped and continued, on one
+both, in processes of one thread on the CPU, images are encoded, small models are trained, on one
 process and two, with the compiled kernels and the reference, and draw images, all by the command
-line, so that it does not matter how modules are arranged. NEW also continues OLD's run and draws
-from it. Compared are the exact digits of every step's losses in the log, and the bytes of weights,
-averages, optimizer and images. It needs about 3 minutes on two cores; the runs go to a temporary
-folder, or stay in `--work`.
+line, so that it does not matter how modules are arranged. NEW then continues its own runs and OLD's
+as if killed half-way, and draws from OLD's. Compared are the exact digits of every step's losses in
+the log, and the bytes of latents, weights, averages, optimizer and images. It needs about 3 minutes
+on two cores; the runs go to a temporary folder, or stay in `--work`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import safetensors
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"  # images, a VAE, and a converted run, whose weights are random
 STEPS, HALF, FEW = 50, 25, 10  # training steps
 LOGGED = ("loss", "mse", "vb", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr")
 PATIENCE = 600  # seconds for one command
@@ -47,10 +48,11 @@ ADALN = [*SHORT, "--model.time-conditioning", "adaln", "--model.patch-size", 1, 
 ADALN += ["--diffusion.no-learn-sigma", "--diffusion.schedule", "linear"]
 ADALN += ["--diffusion.prediction", "epsilon", "--model.drop-path", 0.2]
 ADALN += ["--train.micro-batch-size", 4]
+LATENTS = [*SHORT, "--data.source", "latents", "--data.flip"]
 HALVES = [*SHORT, "--train.precision", "bf16", "--model.skip", "add", "--train.grad-checkpointing"]
 DRAWN = {"ddpm": ["--sampler", "ddpm", "--cfg-scale", 1]}  # options of `sample`
 DRAWN["ddim, guidance"] = ["--sampler", "ddim", "--cfg-scale", 2.5, "--eta", 0.5, "--seed", 3]
-DRAWN["ddim, guidance"] += ["--labels", "random", "--weights", "model"]
+DRAWN["ddim, guidance"] += ["--labels", "random"]
 
 Found = dict[str, str]  # what was compared, such as a tensor's name -> its exact text or SHA-256
 
@@ -74,6 +76,7 @@ TRAININGS = (
     Training("adaln", f"{FEW} steps, adaLN", ADALN),
     Training("adaln-reference", f"{FEW} steps, adaLN, reference", ADALN, backend="reference"),
     Training("bf16", f"{FEW} steps, bf16", HALVES),
+    Training("latent", f"{FEW} steps, latents", LATENTS),
 )
 
 
@@ -112,7 +115,7 @@ class Tree:
         """{title: what was drawn} of a run by every sampler of `DRAWN`."""
         found = {}
         for title, options in DRAWN.items():
-            file = self.work / f"{run.parent.name} {title}.npz"
+            file = self.work / f"{run.parent.name} {run.name} {title}.npz"
             self("sample", run, *options, "--steps", 10, "--num", 20, "--out", file)
             found[title] = read(file)
         return found
@@ -214,18 +217,22 @@ def continued(tree: Tree, training: Training, owner: Tree) -> Found:
 
 
 def measure(tree: Tree) -> dict[str, Found]:
-    """Train and draw; everything that two trees are compared by, by what it is."""
-    found = {}
+    """Encode, train and draw; everything that two trees are compared by, by what it is."""
+    side = ["--image-size", 16, "--shard-size", 4]
+    tree("encode", DATA / "images", "latents", "--vae", DATA / "vae", *side)
+    found = {"encoded latents": gather(tree.work / "latents", "*.safetensors")}
     for training in TRAININGS:
         tree.train(training, tree.work / training.name)
         for what, items in contents(tree.work / training.name).items():
             found[f"{training.title}: {what}"] = items
-    for title, items in tree.draw(tree.work / "one").items():
-        found[f"drawn by {title}"] = items
+    shutil.copytree(DATA / "converted", tree.work / "converted")
+    for name in ("one", "converted"):
+        for title, items in tree.draw(tree.work / name).items():
+            found[f"{name} drawn by {title}"] = items
     grid = tree.work / "grid.png"
-    tree("sample", tree.work / "adaln", "--steps", 5, "--per-class", 1, "--out", grid)
-    found["drawn by adaLN, a grid"] = read(grid)
-    return found
+    options = ["--steps", 5, "--per-class", 1, "--weights", "model"]
+    tree("sample", tree.work / "adaln", *options, "--out", grid)
+    return found | {"adaln drawn, a grid": read(grid)}
 
 
 def continue_all(tree: Tree, owner: Tree) -> dict[str, tuple[Found, Found]]:
@@ -245,11 +252,10 @@ def compare(old: Tree, new: Tree) -> dict[str, tuple[Found, Found]]:
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(measure, (old, new))
         pairs = {what: (before[what], after[what]) for what in before}
-        for more in pool.map(continue_all, (old, new, new), (old, new, old)):
+        for more in pool.map(continue_all, (new, new), (new, old)):
             pairs |= more
     for title, items in new.draw(old.work / "one").items():
-        what = f"drawn by {title}"
-        pairs[f"NEW draws OLD, {title}"] = (before[what], items)
+        pairs[f"NEW draws OLD by {title}"] = (before[f"one drawn by {title}"], items)
     return pairs
 
 
