@@ -149,7 +149,11 @@ def read(path: Path) -> Found:
     """What a file holds, by name: losses of .jsonl, tensors of .safetensors, pixels of images."""
     if path.suffix == ".jsonl":
         lines = [json.loads(line, parse_float=str) for line in path.read_text().splitlines()]
-        return {f"step {line['step']} {n}": str(line[n]) for line in lines for n in LOGGED}
+        return {
+            f"step {line['step']} {n}": str(line.get(n, "missing"))
+            for line in lines
+            for n in LOGGED
+        }
     if path.suffix == ".safetensors":
         tensors = safetensors.deserialize(path.read_bytes())
         return {name: sha(t["dtype"], t["shape"], bytes(t["data"])) for name, t in sorted(tensors)}
@@ -280,7 +284,7 @@ def main() -> None:
         try:
             old, new = open_tree(options.old, "OLD", work), open_tree(options.new, "NEW", work)
             pairs = compare(old, new)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, subprocess.TimeoutExpired) as error:
             raise SystemExit(f"golden.py: error: {error}") from error
     results = {what: difference(*pair) for what, pair in pairs.items()}
     width = max(map(len, results))
