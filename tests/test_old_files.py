@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dis_ssm.checkpoint import load_model
+from dis_ssm.build import load_model
 from dis_ssm.cli import main
-from dis_ssm.data import open_dataset
-from dis_ssm.latents import check_cache
+from dis_ssm.data.latents import check_cache
+from dis_ssm.data.open import open_dataset
 
 DATA = Path(__file__).parent / "data"
 MAKE = runpy.run_path(str(DATA / "make.py"))
