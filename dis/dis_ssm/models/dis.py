@@ -20,7 +20,7 @@ from dis_ssm.diffusion.guidance import guide, within
 from dis_ssm.models.mixer import BiMamba, Direction, dtype_of
 from dis_ssm.ops.norm import add_rms_norm
 from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 
 SKIPS = ("concat", "add", "none")
 TIME_CONDITIONINGS = ("token", "adaln")
@@ -495,6 +495,5 @@ def create_model(name: str, **kwargs) -> DiS:
     """
     if name not in DiS_models:
         name = str(name)
-        near = nearest(name, DiS_models) or DiS_models
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"unknown model {name!r}; {did_you_mean(name, DiS_models)}")
     return DiS_models[name](**kwargs)
