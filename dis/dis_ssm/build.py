@@ -7,7 +7,6 @@ import torch
 
 from dis_ssm.config import SIZES, Config, resolve
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.latents import LatentDataset
 from dis_ssm.data.open import open_dataset
 from dis_ssm.diffusion.gaussian import Diffusion
 from dis_ssm.models.dis import DiS, DiS_models, create_model
@@ -68,7 +67,7 @@ def open_run(config: Config) -> tuple[Config, ImageDataset]:
         relabel=data.relabel,
     )
     shape = {name: getattr(dataset, name) for name in ("channels", "height", "width")}
-    shape |= {"latents": isinstance(dataset, LatentDataset)}
+    shape |= {"latents": dataset.latents}
     return resolve(config, num_classes=dataset.num_classes, **shape), dataset
 
 

@@ -24,7 +24,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,6 +33,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dis_ssm.data.crops import CROPS
+from dis_ssm.data.images import to_model_space
 from dis_ssm.data.sources import NO_LABEL, Files
 from dis_ssm.data.sources.base import number_classes
 from dis_ssm.data.sources.decode import UnreadableImage, decode
@@ -44,13 +45,22 @@ MAX_WORKERS = 8  # by default; decoding scales with cores until memory is the li
 class ImageDataset(Dataset):
     """Images of one size with labels: `ds[i]` is (uint8 array (C, H, W), int label).
 
-    `labels` is an int64 tensor (n,), all `NO_LABEL` when `num_classes` is 0; `class_names[k]` names
-    class k. `corrupt` maps the index of each image found unreadable to its name and the reason;
-    only `FileDataset` fills it. `crop` is a key of `CROPS`, or None where nothing is resized;
-    `background` what alpha is composed on, or None where there is no alpha. Subclasses give
-    `_images`.
+    Training reads by `stored` what the data set stores, moves that to the device, and turns it by
+    `to_model_space` into what the model learns, so that it need not know what the data is.
+
+    Attributes:
+        labels: int64 (n,), all `NO_LABEL` when `num_classes` is 0.
+        class_names: the name of class k is `class_names[k]`.
+        corrupt: the name of each image found unreadable, and the reason, by index; only
+            `FileDataset` fills it.
+        latents: whether the model learns latents, which a VAE decodes, and not images.
+        crop: a key of `CROPS`, or None where nothing is resized.
+        background: what alpha is composed on, or None where there is no alpha.
+
+    Subclasses give `_images`.
     """
 
+    latents = False
     crop: str | None = None
     background: str | None = None
 
@@ -84,6 +94,32 @@ class ImageDataset(Dataset):
     def read(self, indices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Like `batch` without the corrupt images, and the indices that were kept, int64 (m,)."""
         return *self.batch(indices), torch.as_tensor(indices, dtype=torch.int64)
+
+    def stored(self, indices, flips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The data at `indices` as the data set stores it, and its labels.
+
+        Args:
+            indices: n integers.
+            flips: bool (n,), which of them to mirror left to right.
+
+        Returns:
+            uint8 (n, C, H, W), and int64 (n,).
+        """
+        images, labels = self.batch(indices)
+        return torch.where(flips[:, None, None, None], images.flip(-1), images), labels
+
+    def to_model_space(self, data: torch.Tensor, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What the model learns of `data` from `stored`, on any device.
+
+        Args:
+            data: as `stored` gives it.
+            draw: gives standard normal noise of the shape and the device of the result; called
+                only where the data is a distribution to draw from, as latents are.
+
+        Returns:
+            float32 (n, C, H, W); of images, `x / 127.5 - 1`.
+        """
+        return to_model_space(data)
 
     def _images(self, indices: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -13,8 +13,9 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,6 @@ from dis_ssm.data.sources.base import NO_LABEL
 from dis_ssm.system.files import write_json
 from dis_ssm.system.reading import FileError, read_json, sha256
 
-if TYPE_CHECKING:
-    pass
-
-
 FORMAT = 1
 MANIFEST, VERIFIED = "manifest.json", "verified.json"
 KEYS = ("source_images", "class_names", "vae", "latent_shape", "shard_size", "shards", "images")
@@ -41,7 +38,7 @@ RECORD = ("name", "images", "bytes", "sha256", "corrupt")  # of a shard
 MOST_SHARDS = 10**6
 FLIPS = 2  # the image, its mirror image
 CHUNK = 256  # images looked at together
-AGAIN = "the same dis-ssm encode again mends it"
+AGAIN = "rerun the same `dis-ssm encode` to repair it"
 
 
 class CacheError(ValueError):
@@ -53,6 +50,8 @@ class LatentDataset(ImageDataset):
 
     Opens with `open_cache`. Copies of it in other processes map the files again.
     """
+
+    latents = True
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
@@ -68,9 +67,20 @@ class LatentDataset(ImageDataset):
     def __reduce__(self):
         return open_cache, (self.folder,)
 
-    def moments(self, indices, flips) -> tuple[Tensor, Tensor]:
-        """float16 (n, 2, C, H, W), mean and std, of images `indices` (mirrored where `flips`), and
-        their labels (n,). CacheError when a shard that is used for the first time was altered."""
+    def stored(self, indices, flips: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments of images `indices`, and their labels.
+
+        Args:
+            indices: n integers.
+            flips: bool (n,), for which of them to take the moments of the mirror image.
+
+        Returns:
+            float16 (n, 2, C, H, W), mean and standard deviation, and int64 (n,).
+
+        Raises:
+            IndexError: there is no such image.
+            CacheError: a shard that is used for the first time was altered.
+        """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"{self.name} has latents 0 to {len(self) - 1}")
@@ -87,18 +97,26 @@ class LatentDataset(ImageDataset):
             row[0], row[1] = mean[i, side], std[i, side]
         return torch.from_numpy(found), self.labels[indices]
 
-    def to_model_space(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """What the model learns, (mean + std * noise - shift) * scale, float32 on noise's device.
+    def to_model_space(self, data: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        """Latents drawn from the moments: `(mean + std * noise - shift) * scale`.
 
-        moments are (n, 2, C, H, W), noise (n, C, H, W) standard normal; for Stable Diffusion's VAEs
-        shift is 0 and scale the scaling_factor (Rombach et al. 2022, appendix G).
+        For Stable Diffusion's VAEs shift is 0 and scale the scaling_factor (Rombach et al. 2022,
+        appendix G).
+
+        Args:
+            data: moments (n, 2, C, H, W), as `stored` gives them.
+            draw: gives the noise (n, C, H, W), standard normal.
+
+        Returns:
+            float32 (n, C, H, W), on the device of the noise.
         """
-        mean, std = moments.to(noise.device, torch.float32).unbind(1)
+        noise = draw()
+        mean, std = data.to(noise.device, torch.float32).unbind(1)
         shift, scale = self.shift.to(noise.device), self.scale.to(noise.device)
         return (mean + std * noise - shift) * scale
 
     def _images(self, indices: Tensor) -> Tensor:
-        raise ValueError(f"{self.name} holds latents and no images: ask for its moments")
+        raise ValueError(f"{self.name} holds latents and no images: read it by `stored`")
 
 
 class Verified:
@@ -157,7 +175,7 @@ def check_cache(folder: str | Path) -> dict[str, str]:
     """Read a whole cache; {shard: what is wrong with it}, empty when all is well.
 
     Verifies sizes, SHA-256, shapes, labels, that all moments are finite and no std negative, and
-    the counts. Encoding into the folder again mends what is wrong.
+    the counts. Encoding into the folder again repairs what is wrong.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)

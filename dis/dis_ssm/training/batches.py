@@ -18,8 +18,6 @@ from torch import Tensor
 from dis_ssm.build import depth_of
 from dis_ssm.config import Config
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.images import to_model_space
-from dis_ssm.data.latents import LatentDataset
 from dis_ssm.data.order import batch_indices
 from dis_ssm.system.distributed import ALONE, World
 from dis_ssm.system.seeds import derive_seed
@@ -71,11 +69,7 @@ def read_batch(config: Config, dataset: ImageDataset, step: int, world: World = 
     dropped, flipped = torch.rand(2, n, generator=generator)[:, share]
     indices = batch_indices(len(dataset), n, seed, step)[share]
     mirrored = flipped < (0.5 if config.data.flip else 0)
-    if isinstance(dataset, LatentDataset):
-        data, y = dataset.moments(indices, mirrored)
-    else:
-        data, y = dataset.batch(indices)
-        data = torch.where(mirrored[:, None, None, None], data.flip(-1), data)
+    data, y = dataset.stored(indices, mirrored)
     if model.num_classes:
         y = torch.where(dropped < model.class_dropout_prob, model.num_classes, y)
     keep = None
@@ -106,11 +100,7 @@ def finish_batch(
         return whole[world.share(n)]
 
     noise = draw()
-    data = moved["data"]
-    if isinstance(dataset, LatentDataset):
-        x = dataset.to_model_space(data, draw())
-    else:
-        x = to_model_space(data)
+    x = dataset.to_model_space(moved["data"], draw)
     return Batch(x, moved.get("y"), moved["t"], noise, moved.get("keep"))
 
 

@@ -13,7 +13,6 @@ from dis_ssm.build import build_model
 from dis_ssm.config import Config, SampleConfig
 from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.images import VISIBLE_CHANNELS
-from dis_ssm.data.latents import LatentDataset
 from dis_ssm.encoders.decoding import cached_vae, load_decoder
 from dis_ssm.sampling.grids import label_columns
 from dis_ssm.sampling.pipeline import Artist
@@ -43,7 +42,7 @@ class Painter:
     def __init__(self, config: Config, dataset: ImageDataset, world: World):
         self.config, self.world, self.class_names = config, world, dataset.class_names
         self.vae = None
-        if isinstance(dataset, LatentDataset):
+        if dataset.latents:
             name = config.data.vae or cached_vae(config.data.source)
             name = world.gather(name)[0]
             if name:
@@ -109,7 +108,7 @@ class Scorer:
         settings = config.score
         if not painter.visible:
             raise ValueError("score.every needs images: give data.vae, which decodes the latents")
-        if settings.reference is None and isinstance(dataset, LatentDataset):
+        if settings.reference is None and dataset.latents:
             raise ValueError(
                 "score.every with latents needs score.reference: images, or statistics of them"
             )
