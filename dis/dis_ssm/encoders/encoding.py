@@ -12,7 +12,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ from dis_ssm.system.distributed import World
 from dis_ssm.system.files import DRAFT, drafted, write_json
 from dis_ssm.system.locks import is_empty, locked
 from dis_ssm.system.machine import pick_device, versions
+from dis_ssm.system.prefetch import prefetch
 from dis_ssm.system.reading import sha256
 
 if TYPE_CHECKING:
@@ -335,12 +335,8 @@ def _encode(
     """Batch after batch of `span`: moments (2, b, 2, C, H, W), labels (b,), the corrupt images left
     out, how many were read. The next batch is read while this one is encoded."""
     batches = [span[i : i + batch_size] for i in range(0, len(span), batch_size)]
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(dataset.read, list(batches[0]))]
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
-            images, labels, kept = pending.pop().result()
-            if following:
-                pending.append(pool.submit(dataset.read, list(following)))
+    with contextlib.closing(prefetch(dataset.read, map(list, batches))) as found:
+        for batch, (images, labels, kept) in zip(batches, found, strict=True):
             left_out = sorted(set(batch) - set(torch.as_tensor(kept).tolist()))
             corrupt = {str(i): dataset.corrupt[i] for i in left_out}
             if not len(labels):

@@ -7,10 +7,10 @@ step number must be saved to resume.
 """
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dis_ssm.config import Config
 from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.order import batch_indices
 from dis_ssm.system.distributed import ALONE, World
+from dis_ssm.system.prefetch import prefetch
 from dis_ssm.system.seeds import derive_seed
 
 AHEAD = 2  # batches read while a step computes
@@ -108,11 +109,7 @@ def batches(
     config: Config, dataset: ImageDataset, first: int, world: World = ALONE
 ) -> Iterator[Batch]:
     """The batches of step `first` to the last, read while the steps before them compute."""
-    pending: deque[Future[Reading]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for step in range(first, config.train.steps):
-            pending.append(pool.submit(read_batch, config, dataset, step, world))
-            if len(pending) > AHEAD:
-                yield finish_batch(config, dataset, pending.popleft().result(), world)
-        while pending:
-            yield finish_batch(config, dataset, pending.popleft().result(), world)
+    read = partial(read_batch, config, dataset, world=world)
+    with closing(prefetch(read, range(first, config.train.steps), AHEAD)) as readings:
+        for reading in readings:
+            yield finish_batch(config, dataset, reading, world)
