@@ -25,6 +25,7 @@ FLOORS = (
     ("models", "data"),
     ("storage",),
     ("ops", "diffusion", "config"),
+    ("condition",),
     ("system",),
     ("version",),
 )

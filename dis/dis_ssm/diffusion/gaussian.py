@@ -8,8 +8,8 @@ at fewer steps, its β is 1 - a_t / a_s, and no second table exists. Coefficient
 float64 and cast to the data's precision where they meet it.
 
 Models are plain callables `model(x, t, y)`, always of three arguments: x (B, C, ...), t (B,) int64,
-y (B,), (B, cond_dim) or None. They return C channels, or 2C with a learned variance: the
-prediction, then the variance.
+y (B,), (B, cond_dim), a Condition or None. They return C channels, or 2C with a learned variance:
+the prediction, then the variance.
 """
 
 import math
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dis_ssm.condition import Conditioning
 from dis_ssm.diffusion.likelihood import (
     VariationalBound,
     _strata,
@@ -238,6 +239,17 @@ class Diffusion:
             log_variance = fraction * large + (1 - fraction) * small
         return Reverse(mean, log_variance, x0, epsilon)
 
+    # -- times -----------------------------------------------------------------------------------
+
+    def draw_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """int64 (n,), uniform in [0, T), on the generator's device (the CPU when it is None)."""
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(self.num_steps, (n,), generator=generator, device=device)
+
+    def bin_times(self, t: Tensor, bins: int) -> Tensor:
+        """⌊t · bins / T⌋, int64 like t, in [0, bins)."""
+        return t * bins // self.num_steps
+
     # -- losses ----------------------------------------------------------------------------------
 
     def loss_weight(self, t: Tensor) -> Tensor:
@@ -272,7 +284,7 @@ class Diffusion:
         model: Model,
         x0: Tensor,
         t: Tensor,
-        y: Tensor | None = None,
+        y: Conditioning = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of each image at its timestep, a dictionary of (B,) tensors.
@@ -321,7 +333,7 @@ class Diffusion:
         self,
         model: Model,
         x0: Tensor,
-        y: Tensor | None = None,
+        y: Conditioning = None,
         *,
         num_terms: int | None = None,
         generator: Generators = None,
@@ -376,7 +388,7 @@ class Diffusion:
             error = (pairs[:, 0] - pairs[:, 1]).square().sum(0).sqrt()
         return VariationalBound(prior + middle + decoder, prior, decoder, timesteps, terms, error)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None = None):
+    def _check(self, x: Tensor, t: Tensor, y: Conditioning = None):
         if t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool:
             raise ValueError(f"t must be an integer tensor, got {t.dtype}; use t.long()")
         if t.shape != (x.shape[0],):
