@@ -5,12 +5,15 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 
 import torch
 
+from dis_ssm import cli
 from dis_ssm.storage.checkpoint import complete_checkpoints, read_part, read_state
 from dis_ssm.training.trainer import PARTS
+from faults import Place
 
 STEPS, SAVES = 10, 5
 GRACE = 30  # seconds that a scheduler leaves between SIGTERM and SIGKILL
@@ -39,32 +42,8 @@ num = 10
 steps = 3
 """
 
-RANK = """
-import os, signal, sys, time
-signal.alarm(150)  # should the test be killed
-out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(out, 1), os.dup2(out, 2)
-os.environ.update(environment)
-rank = int(environment.get("RANK", 0))
-
-import torch
-from dis_ssm import cli
-from dis_ssm.sampling import pipeline
-from dis_ssm.storage import checkpoint
-from dis_ssm.training import batches, preview, trainer as train
-
-torch.set_num_threads(1)
-
-def pause():
-    open(marker, "w").close()
-    time.sleep(600)
-
-exec(faults)
-sys.exit(cli.main(arguments))
-"""
-
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dis_ssm.training.trainer", "dis_ssm.cli", "sklearn.datasets"])
+SERVER.set_forkserver_preload(["dis_ssm.training", "dis_ssm.cli", "sklearn.datasets"])
 
 
 def free_port():
@@ -73,10 +52,22 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Ranks:
-    """`size` processes that train in `run`; `faults` is code that each runs first, as `rank`."""
+def rank_main(arguments, environment, output, marker, fault):
+    """What each process does: `dis-ssm` with these arguments, after `fault` has been put in."""
+    signal.alarm(150)  # should the test be killed
+    out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if fault:
+        fault(Place(int(environment.get("RANK", 0)), marker))
+    sys.exit(cli.main(arguments))
 
-    def __init__(self, run, size=2, parallel="ddp", *flags, faults=""):
+
+class Ranks:
+    """`size` processes that train in `run`, each with `fault`, one of the module `faults`."""
+
+    def __init__(self, run, size=2, parallel="ddp", *flags, fault=None):
         config = run.with_suffix(".toml")
         config.write_text(CONFIG)
         self.run, self.size, self.parallel = run, size, parallel
@@ -88,14 +79,9 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             environment = {**world, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}
-            names = {
-                "environment": {name: str(value) for name, value in environment.items()},
-                "arguments": arguments,
-                "output": str(self.output),
-                "marker": str(self.marker),
-                "faults": faults,
-            }
-            self.processes.append(SERVER.Process(target=exec, args=(RANK, names), daemon=True))
+            environment = {name: str(value) for name, value in environment.items()}
+            given = (arguments, environment, str(self.output), self.marker, fault)
+            self.processes.append(SERVER.Process(target=rank_main, args=given, daemon=True))
         for process in self.processes:
             process.start()
 

@@ -2,7 +2,7 @@
 
     config = load_config("digits")                      # a file, or a name of `named_configs`
     config = resolve(config, channels=1, height=8, width=8, num_classes=10)
-    model, diffusion = build_model(config), build_diffusion(config)
+    model, diffusion = build_model(config), build_diffusion(config.diffusion)
 
 A key that no section has, or a value of the wrong type, is a ValueError.
 """

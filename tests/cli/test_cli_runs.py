@@ -16,8 +16,8 @@ from dis_ssm.cli import main
 from dis_ssm.config import load_config
 from dis_ssm.sampling.pipeline import Artist
 from dis_ssm.storage.classes import class_labels, class_names
+from dis_ssm.training import train
 from dis_ssm.training.optimizer import learning_rate
-from dis_ssm.training.trainer import train
 
 NAMES = ["cat", "dog", "wild horse"]
 TINY = "--model.hidden-size 16 --model.depth 1 --model.patch-size 4 --model.d-state 4".split()

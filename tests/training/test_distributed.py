@@ -20,7 +20,8 @@ from PIL import Image
 from dis_ssm.build import load_model
 from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, TrainConfig, to_toml
 from dis_ssm.storage.checkpoint import complete_checkpoints, read_part, read_state
-from dis_ssm.training.trainer import PARTS, train
+from dis_ssm.training import train
+from dis_ssm.training.trainer import PARTS
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +38,7 @@ import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
 from dis_ssm.system.distributed import join_world
-from dis_ssm.training.trainer import train
+from dis_ssm.training import train
 warnings.simplefilter("ignore")
 folder = sys.argv[1]
 with join_world("cpu") as world:

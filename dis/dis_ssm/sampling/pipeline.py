@@ -54,7 +54,7 @@ class Artist:
         """Samples `indices`, (n, C, H, W), uint8 or latents; see `images.draw_samples`."""
         model = self.config.model
         shape = (model.in_channels, *model.input_size)
-        diffusion = build_diffusion(self.config)
+        diffusion = build_diffusion(self.config.diffusion)
         half = self.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             arguments = (self.model, diffusion, shape, indices, labels, settings)
