@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cpu as native
-from dis_ssm.ops import cuda
-from dis_ssm.ops import mamba_ssm as peer
-from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops import cpu, cuda
+from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
 
 MAX_WIDTH = 4  # of the native kernel
 
@@ -48,7 +45,7 @@ def causal_conv1d(
     _check(x, activation, weight=weight, bias=bias)
     chosen = select(backend, x, weight, bias, unsupported=_limit(weight))
     if chosen in PLAIN:
-        return PLAIN[chosen](x, weight, bias, activation, reverse)
+        return PLAIN[chosen].causal_conv1d(x, weight, bias, activation, reverse)
     return conv_op(x, weight, bias, None, None, activation == "silu", reverse)[0]
 
 
@@ -70,26 +67,10 @@ def bidirectional_causal_conv1d(
     limit = _limit(weight_f, weight_b)
     chosen = select(backend, x, weight_f, weight_b, bias_f, bias_b, unsupported=limit)
     if chosen in PLAIN:
-        y_f = PLAIN[chosen](x, weight_f, bias_f, activation, False)
-        return y_f, PLAIN[chosen](x, weight_b, bias_b, activation, True)
+        convolve = PLAIN[chosen].bidirectional_causal_conv1d
+        return convolve(x, weight_f, weight_b, bias_f, bias_b, activation)
     y_f, y_b = conv_op(x, weight_f, bias_f, weight_b, bias_b, activation == "silu", False)
     return y_f, y_b
-
-
-def causal_conv1d_reference(x, weight, bias=None, activation="silu", reverse=False) -> Tensor:
-    """:func:`causal_conv1d` with PyTorch's own convolution: any device, any floating dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    channels, width = weight.shape
-    if x.numel() == 0:
-        return x * weight.sum()
-    tokens = F.pad(x.to(wide).transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
-    weight = weight.to(wide).flip(1) if reverse else weight.to(wide)
-    bias = None if bias is None else bias.to(wide)
-    y = F.conv1d(tokens, weight[:, None], bias, groups=channels).transpose(1, 2)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
-
-
-PLAIN = {"reference": causal_conv1d_reference, "mamba_ssm": peer.causal_conv1d}
 
 
 def _check(x: Tensor, activation: str | None, **parameters: Tensor | None) -> None:
@@ -133,10 +114,10 @@ def conv_op(
 ) -> list[Tensor]:
     """Direction f (reversed if ``reverse``), and b against it when weight_b is given."""
     call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    outputs = [native.empty(x.shape) for _ in range(call.conv.directions)]
+    outputs = [cpu.empty(x.shape) for _ in range(call.conv.directions)]
     for direction, y in zip(call.conv.direction, outputs, strict=False):
-        direction.y = native.pointer(y, x.shape)
-    native.run("conv_forward", call.conv)
+        direction.y = cpu.pointer(y, x.shape)
+    cpu.run("conv_forward", call.conv)
     return [y.to(x.dtype) for y in outputs]
 
 
@@ -163,14 +144,14 @@ def conv_backward_op(
     """The gradients of x, weight_f, bias_f, weight_b, bias_b; empty where one was None."""
     inputs = (x, weight_f, bias_f, weight_b, bias_b)
     call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    grads = [None if t is None else native.empty(t.shape) for t in inputs]
-    call.conv.dx = native.pointer(grads[0], x.shape)
+    grads = [None if t is None else cpu.empty(t.shape) for t in inputs]
+    call.conv.dx = cpu.pointer(grads[0], x.shape)
     for i, dy in enumerate((dy_f, dy_b)[: call.conv.directions]):
         direction = call.conv.direction[i]
-        direction.dy = native.rows(call.hold(native.float_rows(dy)), x.shape)
-        direction.dweight = native.pointer(grads[1 + 2 * i], weight_f.shape)
-        direction.dbias = native.pointer(grads[2 + 2 * i], x.shape[2:])
-    native.run("conv_backward", call.conv)
+        direction.dy = cpu.rows(call.hold(cpu.float_rows(dy)), x.shape)
+        direction.dweight = cpu.pointer(grads[1 + 2 * i], weight_f.shape)
+        direction.dbias = cpu.pointer(grads[2 + 2 * i], x.shape[2:])
+    cpu.run("conv_backward", call.conv)
     return [
         x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
     ]
@@ -224,16 +205,16 @@ class _Call:
         directions = 1 if weights[1] is None else 2
         self.keep = []
         width = weights[0].shape[1]
-        self.conv = native.Conv(batch, length, channels, width, directions, silu)
-        self.conv.x = native.rows(self.hold(native.float_rows(x)), x.shape)
+        self.conv = cpu.Conv(batch, length, channels, width, directions, silu)
+        self.conv.x = cpu.rows(self.hold(cpu.float_rows(x)), x.shape)
         for i in range(directions):
             weight, bias = (
                 None if t is None else self.hold(t.float().contiguous())
                 for t in (weights[i], biases[i])
             )
-            self.conv.direction[i] = native.ConvDirection(
-                native.pointer(weight, (channels, width)),
-                native.pointer(bias, (channels,)),
+            self.conv.direction[i] = cpu.ConvDirection(
+                cpu.pointer(weight, (channels, width)),
+                cpu.pointer(bias, (channels,)),
                 reverse=(i == 1) != reverse,
             )
 

@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import kernel_cache as cache
-from dis_ssm.ops.kernel_cache import cache_dir  # noqa: F401 (for ops.cuda)
+from dis_ssm.ops import kernel_cache
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cpu"
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math".split()
@@ -97,7 +96,7 @@ def _open(path: Path) -> ctypes.CDLL:
 def _build(isa: str, path: Path) -> ctypes.CDLL:
     """Compiles the library to ``path``, where it appears only if it loads."""
     try:
-        with cache.draft(path) as unfinished:
+        with kernel_cache.draft(path) as unfinished:
             _compile(isa, unfinished)
             try:
                 return _open(unfinished)
@@ -123,12 +122,12 @@ def library() -> ctypes.CDLL:
     key = hashlib.sha256(" ".join([*FLAGS, *ISA_FLAGS[isa], platform.machine()]).encode())
     for path in sorted(SOURCES.iterdir()):
         key.update(path.name.encode() + path.read_bytes())
-    path, data = cache.find(f"cpu-{isa}-{key.hexdigest()[:16]}.so")
+    path, data = kernel_cache.find(f"cpu-{isa}-{key.hexdigest()[:16]}.so")
     if data is not None:
         try:
             return _open(path)
         except OSError as error:
-            cache.say_once(f"{path} does not load ({error}) and is compiled anew")
+            kernel_cache.say_once(f"{path} does not load ({error}) and is compiled anew")
     return _build(isa, path)
 
 

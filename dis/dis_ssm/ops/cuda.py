@@ -10,20 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import importlib.metadata
 import re
-import textwrap
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import kernel_cache as cache
-from dis_ssm.ops.cpu import BackendError
+from dis_ssm.ops import nvrtc, reference
 
-SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
-INSTALL = "pip install 'dis-ssm[cuda]'"
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
 CHUNK, STEP = 16, 4  # tokens between two kept states, and of a backward step; scan.cu's
@@ -42,26 +36,7 @@ def missing() -> str | None:
         return "the kernels are for NVIDIA GPUs"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the kernels need compute capability 8.0 or newer"
-    return _missing_packages()
-
-
-def _missing_packages() -> str | None:
-    try:
-        version = importlib.metadata.version("cuda-core")
-    except importlib.metadata.PackageNotFoundError:
-        return f"cuda-core is missing; {INSTALL}"
-    if int(version.split(".")[0]) < 1:
-        return f"cuda-core {version} is too old; pip install --upgrade 'cuda-core>=1.0'"
-    major = int(torch.version.cuda.split(".")[0])
-    remedy = f"pip install 'cuda-core[cu{major}]>=1.0'"
-    try:
-        nvrtc = _nvrtc_version()
-    except Exception as error:
-        return f"NVRTC does not load ({_line(error)}); {remedy}"
-    if nvrtc[0] != major:
-        found = "{}.{}".format(*nvrtc)
-        return f"torch is built for CUDA {torch.version.cuda}, but NVRTC is {found}; {remedy}"
-    return None
+    return nvrtc.missing_packages()
 
 
 class _Passing(Exception):
@@ -91,7 +66,7 @@ def _lasting_reason() -> str | None:
     except _Passing:
         raise
     except Exception as failure:
-        message = _line(failure)
+        message = nvrtc.one_line(failure)
         for pattern, reason in _PASSING.items():
             if re.search(pattern, message, re.IGNORECASE):
                 raise _Passing(reason) from None
@@ -114,161 +89,64 @@ def _versions() -> str:
     for name, ask in (
         ("", torch.cuda.get_device_name),
         ("cuda-core ", lambda: importlib.metadata.version("cuda-core")),
-        ("NVRTC ", lambda: "{}.{}".format(*_nvrtc_version())),
+        ("NVRTC ", lambda: "{}.{}".format(*nvrtc.version())),
     ):
         with contextlib.suppress(Exception):  # it may be the failure itself
             found.append(name + ask())
     return ", ".join(found)
 
 
-def _line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+def _largest_error(device: str = "cuda") -> float:
+    """Of values and gradients of a small problem, convolutions before a scan, against float64.
+
+    Relative to the largest entry of each tensor; NaN if any is.
+    """
+    with torch.inference_mode(False), torch.autocast("cuda", enabled=False):
+        numbers = _self_check_numbers()
+        with torch.no_grad():
+            found = _by_kernels(*(t.to(device, torch.float32) for t in numbers))
+        with torch.enable_grad():
+            exact = _by_reference(*(t.to(device) for t in numbers))
+        pairs = zip(found, exact, strict=True)
+        errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
+    return errors.max().item()
 
 
-def _largest_error() -> float:
-    """Of values and gradients, against float64, relative to the largest entry of each."""
-    from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
-    from dis_ssm.ops.conv import conv_op
-    from dis_ssm.ops.scan import scan_op
-
-    generator = torch.Generator().manual_seed(0)
+def _self_check_numbers() -> list[Tensor]:
+    """dout, x, z, and for each direction weight, dt, A, B, C, D, dt_bias; float64 on the CPU."""
     tokens, states, rates, channels = (2, 67, 70), (2, 67, 16), (70, 16), (70,)
     direction = [(70, 4), tokens, rates, states, states, channels, channels]
-    shapes = [tokens, *direction, *direction, tokens]
-
-    def kernels(x, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z):
-        x_f, x_b = conv_op(x, w_f, None, w_b, None, True, False)
-        forward = x_f, dt_f, A_f, B_f, C_f, D_f, bias_f
-        return scan_op(*forward, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z, True, False, True)[0]
-
-    def exact(x, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z):
-        x_f, x_b = bidirectional_causal_conv1d(x, w_f, w_b, backend="reference")
-        return bidirectional_selective_scan(
-            x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z, bias_f, bias_b,
-            backend="reference",
-        )  # fmt: skip
-
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-        drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
-        numbers = [torch.randn(shape, **drawn) for shape in shapes]
-        numbers = [-t.abs() if t.shape == rates else t for t in numbers]
-
-        def run(function, dtype):
-            inputs = [t.to("cuda", dtype).requires_grad_() for t in numbers]
-            y = function(*inputs)
-            y.backward(numbers[0].to("cuda", dtype))
-            return [y.detach(), *(t.grad for t in inputs)]
-
-        pairs = zip(run(kernels, torch.float32), run(exact, torch.float64), strict=True)
-        errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
-    return errors.max().item()  # NaN if any is
+    drawn = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64, "device": "cpu"}
+    numbers = [torch.randn(shape, **drawn) for shape in (tokens, *direction, *direction, tokens)]
+    x, *directions, z = [-t.abs() if t.shape == rates else t for t in numbers]
+    return [x, x, z, *directions]
 
 
-@functools.cache
-def _nvrtc_version() -> tuple[int, int]:
-    from cuda.bindings import nvrtc
-
-    error, major, minor = nvrtc.nvrtcVersion()
-    if int(error):
-        raise BackendError(f"NVRTC failed with {error!r}")
-    return major, minor
-
-
-def compile_cubin(source: str, arch: str, macros: dict[str, int], log_to=None) -> bytes:
-    """``source``.cu for ``arch`` ("sm_90"); ``log_to`` collects ptxas' resource report.
-
-    Raises:
-        BackendError: the compiler refused; the message holds its first lines.
-    """
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
-        name=source,
-        arch=arch,
-        std="c++17",
-        include_path=str(SOURCES),
-        define_macro=[(name, str(value)) for name, value in macros.items()],
-        ptxas_options=None if log_to is None else ["-v"],
+def _by_kernels(
+    dout, x, z, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b
+) -> list[Tensor]:
+    """y and the gradients of all tensors but dout, in their order."""
+    filters = (w_f, None, w_b, None, True, False)
+    x_f, x_b = conv_forward(x, *filters)
+    inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
+    y, pregate, kept = scan_forward(*inputs, True, False, True)
+    dx_f, *d_f, dx_b, ddt_b, dA_b, dB_b, dC_b, dD_b, dbias_b, dz = scan_backward(
+        dout, pregate, kept, *inputs, True, False
     )
-    try:
-        program = Program((SOURCES / f"{source}.cu").read_text(), "c++", options)
-        return bytes(program.compile("cubin", logs=log_to).code)
-    except Exception as error:
-        reason = " / ".join(str(error).strip().splitlines()[:8])
-        raise BackendError(f"NVRTC could not compile {source}.cu for {arch}: {reason}") from error
+    dx, dw_f, _, dw_b, _ = conv_backward(dx_f, dx_b, x, *filters)
+    return [y, dx, dz, dw_f, *d_f, dw_b, ddt_b, dA_b, dB_b, dC_b, dD_b, dbias_b]
 
 
-def cached_cubin(source: str, arch: str, macros: dict[str, int]) -> bytes:
-    """:func:`compile_cubin` through the disk cache; what is damaged there, or could have been
-    written by others, is built again."""
-    key = hashlib.sha256(repr((source, arch, sorted(macros.items()), _nvrtc_version())).encode())
-    for path in sorted(SOURCES.iterdir()):
-        key.update(path.name.encode() + path.read_bytes())
-    path, cubin = cache.find(f"cuda-{source}-{arch}-{key.hexdigest()[:16]}.cubin")
-    if cubin is None:
-        cubin = compile_cubin(source, arch, macros)
-        try:
-            cache.install(path, cubin)
-        except OSError as error:
-            cache.say_once(f"compiled kernels are not kept: {error}")
-    return cubin
-
-
-@functools.cache
-def _module(source: str, arch: str, macros: tuple):
-    from cuda.core import ObjectCode
-
-    return ObjectCode.from_cubin(cached_cubin(source, arch, dict(macros)), name=source)
-
-
-@functools.cache
-def _kernel(source: str, name: str, device: int, macros: tuple, shared: int) -> int:
-    """The handle of a kernel that may use ``shared`` bytes on this device."""
-    from cuda.bindings import driver
-
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    kernel = _module(source, arch, macros).get_kernel(name)
-    handle = driver.CUkernel(int(kernel.handle))
-    if shared > 48 * 1024:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuKernelSetAttribute(attribute, shared, handle, driver.CUdevice(device)))
-    _keep.append(kernel)
-    return int(handle)
-
-
-_keep: list = []  # kernels behind the handles
-
-
-def _check(result: tuple) -> None:
-    if int(result[0]):
-        raise RuntimeError(f"CUDA: {result[0]!r}")
-
-
-def _ensure_context(device: torch.device) -> None:
-    """A thread that has not called CUDA's runtime yet, autograd's say, has no current context."""
-    from cuda.bindings import driver
-
-    if not int(driver.cuCtxGetCurrent()[1]):
-        error, context = driver.cuDevicePrimaryCtxRetain(device.index)
-        _check((error,))
-        _check(driver.cuCtxSetCurrent(context))
-
-
-def _launch(source, name, macros, grid, block, shared, arguments, device) -> None:
-    """One kernel on torch's current stream of ``device``; ``arguments`` is passed by value."""
-    from cuda.bindings import driver
-
-    with torch.cuda.device(device):
-        _ensure_context(device)
-        kernel = _kernel(source, name, device.index, tuple(sorted(macros.items())), shared)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        function = driver.CUfunction(kernel)
-        _check(
-            driver.cuLaunchKernel(
-                function, *grid, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0
-            )
-        )
+def _by_reference(dout, *tensors) -> list[Tensor]:
+    """:func:`_by_kernels` by autograd over plain PyTorch."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    x, z, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b = leaves
+    x_f, x_b = reference.bidirectional_causal_conv1d(x, w_f, w_b)
+    y = reference.bidirectional_selective_scan(
+        x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z, bias_f, bias_b
+    )
+    y.backward(dout)
+    return [y.detach(), *(t.grad for t in leaves)]
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -376,7 +254,7 @@ class _Call:
     def launch(self, name: str, grid: tuple, block: int, arguments, shared: int = 0, **macros):
         if all(grid):
             macros = self.macros | macros
-            _launch(self.source, name, macros, grid, block, shared, arguments, self.device)
+            nvrtc.launch(self.source, name, macros, grid, block, shared, arguments, self.device)
 
 
 # ---- the scan --------------------------------------------------------------------------------
@@ -449,7 +327,7 @@ def _shared_memory(device: torch.device) -> tuple[int, int]:
         names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
     ):
         result = driver.cuDeviceGetAttribute(name, driver.CUdevice(device.index))
-        _check(result)
+        nvrtc.check(result)
         limits.append(result[1])
     return limits[0], limits[1]
 

@@ -7,14 +7,11 @@ direction is index arithmetic: nothing is flipped or transposed in memory.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cpu as native
-from dis_ssm.ops import cuda
-from dis_ssm.ops import mamba_ssm as peer
-from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops import cpu, cuda
+from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
 
 
 def selective_scan(
@@ -59,7 +56,8 @@ def selective_scan(
     _check(z, dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias))
     chosen = select(backend, *forward, z, unsupported=_limit(x, A))
     if chosen in PLAIN:
-        return PLAIN[chosen](x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+        scan = PLAIN[chosen].selective_scan
+        return scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
     return _native(forward, (None,) * 7, z, dt_softplus, reverse)
 
 
@@ -95,41 +93,11 @@ def bidirectional_selective_scan(
     limit = _limit(x_f, A_f, A_b)
     chosen = select(backend, *forward, *backward, z, unsupported=limit)
     if chosen in PLAIN:
-        y_f = PLAIN[chosen](*forward[:6], None, dt_bias_f, dt_softplus, False)
-        y_b = PLAIN[chosen](*backward[:6], None, dt_bias_b, dt_softplus, True)
-        wide = torch.promote_types(x_f.dtype, torch.float32)
-        y = y_f.to(wide) + y_b.to(wide)
-        return (y if z is None else y * F.silu(z.to(wide))).to(x_f.dtype)
+        return PLAIN[chosen].bidirectional_selective_scan(
+            x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z,
+            dt_bias_f, dt_bias_b, dt_softplus,
+        )  # fmt: skip
     return _native(forward, backward, z, dt_softplus, False)
-
-
-def selective_scan_reference(
-    x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=True, reverse=False
-) -> Tensor:
-    """:func:`selective_scan` token by token in plain PyTorch: any device, any floating dtype."""
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = x.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        x, dt, B, C = (t.to(wide) for t in (x, dt, B, C))
-        A = A.to(wide).T
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(wide)
-        if dt_softplus:
-            dt = F.softplus(dt)
-        tokens = list(zip(dt.unbind(1), (dt * x).unbind(1), B.unbind(1), C.unbind(1), strict=True))
-        h, outputs = x.new_zeros(x.shape[0], *A.shape), []
-        for dt_t, dtx_t, B_t, C_t in reversed(tokens) if reverse else tokens:
-            h = torch.exp(dt_t[:, None] * A) * h + B_t[..., None] * dtx_t[:, None]
-            outputs.append((C_t[:, None] @ h).squeeze(1))
-        y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x
-        if D is not None:
-            y = y + D.to(wide) * x
-        if z is not None:
-            y = y * F.silu(z.to(wide))
-        return y.to(dtype)
-
-
-PLAIN = {"reference": selective_scan_reference, "mamba_ssm": peer.selective_scan}
 
 
 def _check(z: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
@@ -198,14 +166,14 @@ def scan_op(
     """
     inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
     call = _Call(inputs, dt_softplus, reverse)
-    out = native.empty(x_f.shape)
-    pregate = native.empty(x_f.shape if save and z is not None else (0,))
-    states = native.empty(call.states_shape if save else (0,))
-    call.scan.out = native.pointer(out, x_f.shape)
+    out = cpu.empty(x_f.shape)
+    pregate = cpu.empty(x_f.shape if save and z is not None else (0,))
+    states = cpu.empty(call.states_shape if save else (0,))
+    call.scan.out = cpu.pointer(out, x_f.shape)
     if save:
         call.keep_states(states)
-        call.scan.pregate = None if z is None else native.pointer(pregate, x_f.shape)
-    native.run("scan_forward", call.scan)
+        call.scan.pregate = None if z is None else cpu.pointer(pregate, x_f.shape)
+    cpu.run("scan_forward", call.scan)
     return out.to(x_f.dtype), pregate, states
 
 
@@ -250,16 +218,16 @@ def scan_backward_op(
     inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
     call = _Call(inputs, dt_softplus, reverse)
     call.keep_states(states)
-    dout, pregate = native.float_rows(dout), pregate.contiguous()
-    grads = [None if t is None else native.empty(t.shape) for t in inputs]
-    call.scan.dout = native.rows(dout, x_f.shape)
-    call.scan.pregate = None if z is None else native.pointer(pregate, x_f.shape)
-    call.scan.dz = native.pointer(grads[14], x_f.shape)
+    dout, pregate = cpu.float_rows(dout), pregate.contiguous()
+    grads = [None if t is None else cpu.empty(t.shape) for t in inputs]
+    call.scan.dout = cpu.rows(dout, x_f.shape)
+    call.scan.pregate = None if z is None else cpu.pointer(pregate, x_f.shape)
+    call.scan.dz = cpu.pointer(grads[14], x_f.shape)
     names = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")
     for direction, group in zip(call.scan.direction, (grads[:7], grads[7:14]), strict=True):
         for name, grad, shape in zip(names, group, call.shapes, strict=True):
-            setattr(direction, name, native.pointer(grad, shape))
-    native.run("scan_backward", call.scan)
+            setattr(direction, name, cpu.pointer(grad, shape))
+    cpu.run("scan_backward", call.scan)
     return [
         x_f.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
     ]
@@ -313,7 +281,7 @@ def _(dout, pregate, states, x, dt, A, B, C, D, bias, x_b, *args, **kwargs) -> i
     return (1 if x_b is None else 2) * _BACKWARD_FLOPS * batch * length * channels * A[1]
 
 
-CHUNK = native.CHUNK
+CHUNK = cpu.CHUNK
 
 
 class _Call:
@@ -327,18 +295,16 @@ class _Call:
         vector = (channels,)
         self.shapes = (x.shape, x.shape, (channels, state), token, token, vector, vector)
         self.states_shape = (directions, batch, -(-length // CHUNK), state, channels)
-        self.scan = native.Scan(batch, length, channels, state, directions, dt_softplus)
+        self.scan = cpu.Scan(batch, length, channels, state, directions, dt_softplus)
         self.keep = []
         for i in range(directions):
             given = list(zip(inputs[7 * i : 7 * i + 7], self.shapes, strict=True))
-            rows = [native.rows(self._hold(native.float_rows(t)), s) for t, s in given[:2]]
-            rows += [native.rows(self._hold(native.float_rows(t)), s) for t, s in given[3:5]]
-            vectors = [native.pointer(self._vector(t), s) for t, s in (given[2], *given[5:])]
-            self.scan.direction[i] = native.ScanDirection(
-                *rows, *vectors, reverse=(i == 1) != reverse
-            )
-        z = None if z is None else self._hold(native.float_rows(z))
-        self.scan.z = native.rows(z, x.shape)
+            rows = [cpu.rows(self._hold(cpu.float_rows(t)), s) for t, s in given[:2]]
+            rows += [cpu.rows(self._hold(cpu.float_rows(t)), s) for t, s in given[3:5]]
+            vectors = [cpu.pointer(self._vector(t), s) for t, s in (given[2], *given[5:])]
+            self.scan.direction[i] = cpu.ScanDirection(*rows, *vectors, reverse=(i == 1) != reverse)
+        z = None if z is None else self._hold(cpu.float_rows(z))
+        self.scan.z = cpu.rows(z, x.shape)
 
     def _hold(self, t: Tensor) -> Tensor:
         self.keep.append(t)
@@ -350,6 +316,6 @@ class _Call:
     def keep_states(self, states: Tensor) -> None:
         """Where the state at the start of each chunk is written to, or read from."""
         states = self._hold(states.contiguous())
-        native.pointer(states, self.states_shape)
+        cpu.pointer(states, self.states_shape)
         for direction, part in zip(self.scan.direction, states, strict=False):
             direction.states = part.data_ptr()
