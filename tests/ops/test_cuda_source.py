@@ -16,7 +16,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dis_ssm.ops import bidirectional_selective_scan, cuda, nvrtc, reference, selective_scan
+from dis_ssm.ops import (
+    BackendError,
+    bidirectional_selective_scan,
+    cuda,
+    nvrtc,
+    reference,
+    selective_scan,
+)
 from dis_ssm.ops.scan import scan_op
 from nvrtc_compile import conv_macros, resources, scan_macros
 
@@ -91,7 +98,7 @@ def test_the_cubin_cache_survives_damage(cuda_core, tmp_path, monkeypatch):
 
 
 def test_a_broken_source_says_why(cuda_core):
-    with pytest.raises(nvrtc.BackendError, match=r"conv\.cu for sm_90.*error"):
+    with pytest.raises(BackendError, match=r"conv\.cu for sm_90.*error"):
         nvrtc.compile_cubin("conv", "sm_90", conv_macros(2, "nothing"))
 
 

@@ -43,6 +43,11 @@ def folders(tmp_path, monkeypatch):
     return tmp_path / "named", tmp_path / "home" / "dis_ssm"
 
 
+def install(path, data):
+    with kernel_cache.draft(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
 def start(*command, **environment):
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     env = {n: str(v) for n, v in env.items() if v is not None}
@@ -82,7 +87,7 @@ def quick(compiled):
 def test_what_is_installed_is_found_again(folders):
     path, data = kernel_cache.find("a.bin")
     assert path == folders[0] / "a.bin" and data is None
-    kernel_cache.install(path, b"code")
+    install(path, b"code")
     assert kernel_cache.find("a.bin") == (path, b"code") and kernel_cache.read(path) == b"code"
     assert [p.name for p in folders[0].iterdir()] == ["a.bin"]
 
@@ -90,11 +95,11 @@ def test_what_is_installed_is_found_again(folders):
 @pytest.mark.parametrize("damage", [b"", b"short", None])
 def test_damage_is_not_used(folders, damage):
     path, _ = kernel_cache.find("a.bin")
-    kernel_cache.install(path, b"code")
+    install(path, b"code")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"code", b"cide") if damage is None else damage)
     assert kernel_cache.find("a.bin") == (path, None)
-    kernel_cache.install(path, b"code")
+    install(path, b"code")
     assert path.read_bytes() == whole
 
 
@@ -105,7 +110,7 @@ def test_modes_follow_the_umask_but_never_let_others_write(folders, umask, mode)
     old = os.umask(umask)
     try:
         path, _ = kernel_cache.find("a.bin")
-        kernel_cache.install(path, b"code")
+        install(path, b"code")
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == mode
@@ -151,13 +156,77 @@ def test_a_kill_during_compilation_leaves_what_the_next_process_removes(quick, t
     assert not left.exists() and len(list(folder.iterdir())) == 1
 
 
+# ---- compiled once -------------------------------------------------------------------------
+
+
+def obtain(log, code=b"code", refused=(), name="a.bin"):
+    def make(path):
+        log.append(path.parent)
+        path.write_bytes(code)
+
+    def load(path, data):
+        if data in refused:
+            raise OSError("another architecture")
+        return data
+
+    return kernel_cache.obtain(name, make, load)
+
+
+def test_kernels_are_compiled_once(folders):
+    log = []
+    assert obtain(log) == obtain(log, b"other") == b"code"
+    assert log == [folders[0]] and [p.name for p in folders[0].iterdir()] == ["a.bin"]
+
+
+def test_kept_kernels_that_do_not_load_are_compiled_anew(folders, caplog):
+    obtain([])
+    assert obtain([], b"new", refused=[b"code"]) == obtain([]) == b"new"
+    (record,) = caplog.records
+    assert "a.bin does not load (another architecture)" in record.message
+
+
+def test_a_full_disk_costs_the_cache_but_not_the_kernels(folders, monkeypatch, caplog):
+    replace = os.replace
+
+    def full(source, target):
+        if target.parent in folders:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    log = []
+    assert obtain(log, name="full.bin") == b"code"
+    assert log[0] == folders[0] and log[1] not in folders
+    assert not list(folders[0].iterdir())
+    (record,) = caplog.records
+    assert "not kept" in record.message and "No space left" in record.message
+
+
+def test_without_any_disk_the_remedy_is_named(folders, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(kernel_cache.BackendError, match=r"No space left.*set DIS_SSM_CACHE"):
+        obtain([])
+
+
+def test_what_the_compiler_raises_is_passed_on(folders):
+    def make(path):
+        raise kernel_cache.BackendError("no compiler")
+
+    with pytest.raises(kernel_cache.BackendError, match=r"^no compiler$"):
+        kernel_cache.obtain("a.bin", make, lambda path, data: data)
+    assert not list(folders[0].iterdir())
+
+
 # ---- whose --------------------------------------------------------------------------------
 
 
 def test_a_folder_that_others_can_write_is_passed_over(folders, caplog):
     named, own = folders
     named.mkdir()
-    kernel_cache.install(named / "a.bin", b"poison")
+    install(named / "a.bin", b"poison")
     named.chmod(0o777)
     assert kernel_cache.find("a.bin") == (own / "a.bin", None)
     (record,) = caplog.records
@@ -196,7 +265,7 @@ def test_without_a_trusted_folder_there_is_a_private_one(folders, caplog):
 
 def test_a_file_that_others_can_write_is_not_read(folders, caplog):
     path, _ = kernel_cache.find("a.bin")
-    kernel_cache.install(path, b"poison")
+    install(path, b"poison")
     path.chmod(0o664)
     assert kernel_cache.find("a.bin") == (path, None)
     (record,) = caplog.records
@@ -205,7 +274,7 @@ def test_a_file_that_others_can_write_is_not_read(folders, caplog):
 
 def test_links_pipes_and_folders_are_not_read(folders):
     path, _ = kernel_cache.find("a.bin")
-    kernel_cache.install(path.with_name("b.bin"), b"code")
+    install(path.with_name("b.bin"), b"code")
     path.symlink_to("b.bin")
     assert kernel_cache.read(path) is None
     path.unlink()
@@ -228,7 +297,7 @@ def test_a_link_to_a_folder_is_judged_by_what_it_leads_to(folders, tmp_path):
 def test_another_user_s_files_are_not_ours(folders, monkeypatch):
     """The same files, seen by somebody else; root's are everybody's."""
     path, _ = kernel_cache.find("a.bin")
-    kernel_cache.install(path, b"code")
+    install(path, b"code")
     owner = path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
     assert (kernel_cache.read(path) == b"code") == (owner == 0)
@@ -241,7 +310,7 @@ def test_another_user_s_files_are_not_ours(folders, monkeypatch):
 def test_root_does_not_trust_a_user_s_files(folders, what):
     named = folders[0]
     path, _ = kernel_cache.find("a.bin")
-    kernel_cache.install(path, b"poison")
+    install(path, b"poison")
     os.chown({"file": path, "folder": named, "parent": named.parent}[what], STRANGER, -1)
     found, data = kernel_cache.find("a.bin")
     assert data is None
@@ -257,7 +326,7 @@ def poisoned(compiled, tmp_path_factory):
     compiler = os.environ.get("CXX", "c++")
     command = f"{compiler} -shared -fPIC {folder}/poison.cpp -o {folder}/poison.so"
     subprocess.run(command.split(), check=True)
-    kernel_cache.install(folder / compiled.name, (folder / "poison.so").read_bytes())
+    install(folder / compiled.name, (folder / "poison.so").read_bytes())
     return compiled.name, (folder / compiled.name).read_bytes()
 
 
@@ -284,7 +353,7 @@ def test_a_poisoned_library_is_not_run(poisoned, quick, how, folders):
 def test_a_library_that_does_not_load_is_compiled_anew(compiled, quick, folders):
     """Whole and ours, but of another machine."""
     folders[0].mkdir()
-    kernel_cache.install(folders[0] / compiled.name, b"\x7fELF of another architecture")
+    install(folders[0] / compiled.name, b"\x7fELF of another architecture")
     out, err = use(CXX=quick)
     assert out == RESULT and len(err.splitlines()) == 1 and "does not load" in err
     assert use() == (RESULT, "")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cpu, cuda
+from dis_ssm.ops import cpu, cpu_abi, cuda
 from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
 
 MAX_WIDTH = 4  # of the native kernel
@@ -205,14 +205,14 @@ class _Call:
         directions = 1 if weights[1] is None else 2
         self.keep = []
         width = weights[0].shape[1]
-        self.conv = cpu.Conv(batch, length, channels, width, directions, silu)
+        self.conv = cpu_abi.Conv(batch, length, channels, width, directions, silu)
         self.conv.x = cpu.rows(self.hold(cpu.float_rows(x)), x.shape)
         for i in range(directions):
             weight, bias = (
                 None if t is None else self.hold(t.float().contiguous())
                 for t in (weights[i], biases[i])
             )
-            self.conv.direction[i] = cpu.ConvDirection(
+            self.conv.direction[i] = cpu_abi.ConvDirection(
                 cpu.pointer(weight, (channels, width)),
                 cpu.pointer(bias, (channels,)),
                 reverse=(i == 1) != reverse,

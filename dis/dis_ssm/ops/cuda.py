@@ -8,7 +8,6 @@ hashes sources, options, architecture and compiler version. ``cuda.core`` is imp
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib.metadata
 import re
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dis_ssm.ops import nvrtc, reference
+from dis_ssm.ops.cuda_abi import MAX_PLANES, Conv, ConvSide, Plane, Rows, Scan, ScanDirection, Sums
 
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
 CHUNK, STEP = 16, 4  # tokens between two kept states, and of a backward step; scan.cu's
-MAX_PLANES = 10
 
 
 # ---- whether they run ------------------------------------------------------------------------
@@ -150,59 +149,6 @@ def _by_reference(dout, *tensors) -> list[Tensor]:
 
 
 # ---- arguments -------------------------------------------------------------------------------
-
-
-def _fields(names: str, kind: type) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *_fields("batch_stride row_stride", ctypes.c_int64)]
-
-
-class ScanDirection(ctypes.Structure):
-    _fields_ = [
-        *_fields("x dt B C", Rows),
-        *_fields("A D dt_bias states dx ddt dB dC dA dD ddt_bias", ctypes.c_void_p),
-        ("reverse", ctypes.c_int64),
-    ]
-
-
-class Scan(ctypes.Structure):
-    _fields_ = [
-        *_fields("batch length channels state directions", ctypes.c_int64),
-        ("direction", ScanDirection * 2),
-        *_fields("z dout", Rows),
-        *_fields("out pregate y dz", ctypes.c_void_p),
-    ]
-
-
-class ConvSide(ctypes.Structure):
-    _fields_ = [
-        *_fields("weight bias y", ctypes.c_void_p),
-        ("dy", Rows),
-        *_fields("dweight dbias", ctypes.c_void_p),
-    ]
-
-
-class Conv(ctypes.Structure):
-    _fields_ = [
-        *_fields("batch length channels", ctypes.c_int64),
-        *_fields("past future", ConvSide),
-        ("x", Rows),
-        ("dx", ctypes.c_void_p),
-    ]
-
-
-class Plane(ctypes.Structure):
-    _fields_ = [
-        *_fields("partial out", ctypes.c_void_p),
-        *_fields("rows size as_io", ctypes.c_int64),
-    ]
-
-
-class Sums(ctypes.Structure):
-    _fields_ = [("plane", Plane * MAX_PLANES)]
 
 
 class _Call:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dis_ssm.ops import cpu, cuda, kernel_cache, mamba_ssm, reference
-from dis_ssm.ops.kernel_cache import say_once
+from dis_ssm.ops.kernel_cache import BackendError, say_once
 
 BACKENDS = ("reference", "cpu", "cuda", "mamba_ssm")
 PLAIN = {"reference": reference, "mamba_ssm": mamba_ssm}  # their functions have the ops' names
@@ -95,7 +95,7 @@ def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: 
     if unsupported:
         raise ValueError(f"backend {backend!r}: {unsupported}; use backend='reference'")
     if reason := _why_not(backend):
-        raise cpu.BackendError(f"backend {backend!r} cannot run: {reason}")
+        raise BackendError(f"backend {backend!r} cannot run: {reason}")
     return backend
 
 
@@ -134,7 +134,7 @@ def forced_problem() -> str | None:
 def check_forced() -> None:
     """ValueError or BackendError if ``$DIS_SSM_BACKEND`` forces what cannot run."""
     if reason := forced_problem():
-        kind = cpu.BackendError if _forced() in BACKENDS else ValueError
+        kind = BackendError if _forced() in BACKENDS else ValueError
         raise kind(f"DIS_SSM_BACKEND={_forced()} cannot run: {reason}")
 
 

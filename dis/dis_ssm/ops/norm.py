@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import cpu, reference
+from dis_ssm.ops import cpu, cpu_abi, reference
 from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
 
 
@@ -43,7 +43,7 @@ def norm_op(h: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> l
     normed, stream = cpu.empty(h.shape), cpu.empty(h.shape)
     rstd = cpu.empty(h.shape[:-1])
     shapes = (h.shape, h.shape, h.shape[-1:])
-    call = cpu.Norm(rstd.numel(), h.shape[-1], eps, *map(cpu.pointer, held, shapes))
+    call = cpu_abi.Norm(rstd.numel(), h.shape[-1], eps, *map(cpu.pointer, held, shapes))
     call.stream, call.normed = cpu.pointer(stream, h.shape), cpu.pointer(normed, h.shape)
     call.rstd = cpu.pointer(rstd, h.shape[:-1])
     cpu.run("norm_forward", call)
@@ -65,7 +65,7 @@ def norm_backward_op(
     weight = weight.float().contiguous()
     full, width = stream.shape, stream.shape[-1:]
     dx, dweight = cpu.empty(full), cpu.empty(width)
-    call = cpu.Norm(rstd.numel(), stream.shape[-1], weight=cpu.pointer(weight, width))
+    call = cpu_abi.Norm(rstd.numel(), stream.shape[-1], weight=cpu.pointer(weight, width))
     call.stream, call.rstd = cpu.pointer(stream, full), cpu.pointer(rstd, full[:-1])
     call.dnormed, call.dstream = (cpu.pointer(grad, full) for grad in grads)
     call.dx, call.dweight = cpu.pointer(dx, full), cpu.pointer(dweight, width)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.metadata
 import textwrap
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dis_ssm.ops import kernel_cache
-from dis_ssm.ops.cpu import BackendError
+from dis_ssm.ops.kernel_cache import BackendError
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
 INSTALL = "pip install 'dis-ssm[cuda]'"
@@ -79,19 +78,13 @@ def compile_cubin(source: str, arch: str, macros: dict[str, int], log_to=None) -
 
 
 def cached_cubin(source: str, arch: str, macros: dict[str, int]) -> bytes:
-    """:func:`compile_cubin` through the disk cache; what is damaged there, or could have been
-    written by others, is built again."""
-    key = hashlib.sha256(repr((source, arch, sorted(macros.items()), version())).encode())
-    for path in sorted(SOURCES.iterdir()):
-        key.update(path.name.encode() + path.read_bytes())
-    path, cubin = kernel_cache.find(f"cuda-{source}-{arch}-{key.hexdigest()[:16]}.cubin")
-    if cubin is None:
-        cubin = compile_cubin(source, arch, macros)
-        try:
-            kernel_cache.install(path, cubin)
-        except OSError as error:
-            kernel_cache.say_once(f"compiled kernels are not kept: {error}")
-    return cubin
+    """What `compile_cubin` returns, from the disk if it is kept there."""
+    options = repr((source, arch, sorted(macros.items()), version()))
+    return kernel_cache.obtain(
+        f"cuda-{source}-{arch}-{kernel_cache.fingerprint(options, SOURCES)}.cubin",
+        make=lambda path: path.write_bytes(compile_cubin(source, arch, macros)),
+        load=lambda _, cubin: cubin,
+    )
 
 
 @functools.cache

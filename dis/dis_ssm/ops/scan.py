@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cpu, cuda
+from dis_ssm.ops import cpu, cpu_abi, cuda
 from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
 
 
@@ -295,14 +295,16 @@ class _Call:
         vector = (channels,)
         self.shapes = (x.shape, x.shape, (channels, state), token, token, vector, vector)
         self.states_shape = (directions, batch, -(-length // CHUNK), state, channels)
-        self.scan = cpu.Scan(batch, length, channels, state, directions, dt_softplus)
+        self.scan = cpu_abi.Scan(batch, length, channels, state, directions, dt_softplus)
         self.keep = []
         for i in range(directions):
             given = list(zip(inputs[7 * i : 7 * i + 7], self.shapes, strict=True))
             rows = [cpu.rows(self._hold(cpu.float_rows(t)), s) for t, s in given[:2]]
             rows += [cpu.rows(self._hold(cpu.float_rows(t)), s) for t, s in given[3:5]]
             vectors = [cpu.pointer(self._vector(t), s) for t, s in (given[2], *given[5:])]
-            self.scan.direction[i] = cpu.ScanDirection(*rows, *vectors, reverse=(i == 1) != reverse)
+            self.scan.direction[i] = cpu_abi.ScanDirection(
+                *rows, *vectors, reverse=(i == 1) != reverse
+            )
         z = None if z is None else self._hold(cpu.float_rows(z))
         self.scan.z = cpu.rows(z, x.shape)
 
