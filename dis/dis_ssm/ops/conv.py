@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dis_ssm.ops import cpu, cpu_abi, cuda
 from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops.tensors import ConvInputs, as_returned
 
 MAX_WIDTH = 4  # of the native kernel
 
@@ -112,8 +110,8 @@ def conv_op(
     silu: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """Direction f (reversed if ``reverse``), and b against it when weight_b is given."""
-    call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    """Direction f (reversed if `reverse`), and b against it when weight_b is given."""
+    call = _Call(ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b), silu, reverse)
     outputs = [cpu.empty(x.shape) for _ in range(call.conv.directions)]
     for direction, y in zip(call.conv.direction, outputs, strict=False):
         direction.y = cpu.pointer(y, x.shape)
@@ -142,19 +140,17 @@ def conv_backward_op(
     reverse: bool,
 ) -> list[Tensor]:
     """The gradients of x, weight_f, bias_f, weight_b, bias_b; empty where one was None."""
-    inputs = (x, weight_f, bias_f, weight_b, bias_b)
-    call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    grads = [None if t is None else cpu.empty(t.shape) for t in inputs]
-    call.conv.dx = cpu.pointer(grads[0], x.shape)
-    for i, dy in enumerate((dy_f, dy_b)[: call.conv.directions]):
-        direction = call.conv.direction[i]
+    given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
+    call = _Call(given, silu, reverse)
+    grads = given.each(lambda t: cpu.empty(t.shape))
+    call.conv.dx = cpu.pointer(grads.x, x.shape)
+    directions = zip(call.conv.direction, grads.directions(), (dy_f, dy_b), strict=False)
+    for direction, grad, dy in directions:
         direction.dy = cpu.rows(call.hold(cpu.float_rows(dy)), x.shape)
-        direction.dweight = cpu.pointer(grads[1 + 2 * i], weight_f.shape)
-        direction.dbias = cpu.pointer(grads[2 + 2 * i], x.shape[2:])
+        direction.dweight = cpu.pointer(grad.weight, weight_f.shape)
+        direction.dbias = cpu.pointer(grad.bias, x.shape[2:])
     cpu.run("conv_backward", call.conv)
-    return [
-        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    return as_returned(grads.flat(), given.flat(), x)
 
 
 conv_backward_op.register_kernel("cuda")(cuda.conv_backward)
@@ -174,11 +170,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dys):
     refuse_batched_gradients(*dys)
     x, *parameters = ctx.saved_tensors
-    dys = [torch.zeros_like(x) if dy is None else dy for dy in dys]
-    grads = conv_backward_op(
-        dys[0], dys[1] if len(dys) > 1 else None, x, *parameters, ctx.silu, ctx.reverse
-    )
-    needs = ctx.needs_input_grad[:5]
+    dy_f, *rest = [torch.zeros_like(x) if dy is None else dy for dy in dys]
+    (dy_b,) = rest or (None,)
+    grads = conv_backward_op(dy_f, dy_b, x, *parameters, ctx.silu, ctx.reverse)
+    *needs, _, _ = ctx.needs_input_grad
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -186,37 +181,25 @@ conv_op.register_autograd(_backward, setup_context=_setup_context)
 conv_backward_op.register_autograd(no_second_derivative)
 
 
-@register_flop_formula(torch.ops.dis_ssm.conv)
-def _(x, weight, bias, weight_b, *args, **kwargs) -> int:
-    return (1 if weight_b is None else 2) * 2 * math.prod(x) * weight[1]
-
-
-@register_flop_formula(torch.ops.dis_ssm.conv_backward)
-def _(dy, dy_b, x, weight, bias, weight_b, *args, **kwargs) -> int:
-    """The filter again, dx and the filter's gradient."""
-    return (1 if weight_b is None else 2) * 6 * math.prod(x) * weight[1]
-
-
 class _Call:
     """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
 
-    def __init__(self, x: Tensor, weights: tuple, biases: tuple, silu: bool, reverse: bool):
-        batch, length, channels = x.shape
-        directions = 1 if weights[1] is None else 2
+    def __init__(self, given: ConvInputs, silu: bool, reverse: bool):
+        batch, length, channels = given.x.shape
+        _, width = given.f.weight.shape
+        directions = given.directions()
         self.keep = []
-        width = weights[0].shape[1]
-        self.conv = cpu_abi.Conv(batch, length, channels, width, directions, silu)
-        self.conv.x = cpu.rows(self.hold(cpu.float_rows(x)), x.shape)
-        for i in range(directions):
-            weight, bias = (
-                None if t is None else self.hold(t.float().contiguous())
-                for t in (weights[i], biases[i])
-            )
+        self.conv = cpu_abi.Conv(batch, length, channels, width, len(directions), silu)
+        self.conv.x = cpu.rows(self.hold(cpu.float_rows(given.x)), given.x.shape)
+        for i, (weight, bias) in enumerate(directions):
             self.conv.direction[i] = cpu_abi.ConvDirection(
-                cpu.pointer(weight, (channels, width)),
-                cpu.pointer(bias, (channels,)),
+                weight=self._vector(weight, (channels, width)),
+                bias=self._vector(bias, (channels,)),
                 reverse=(i == 1) != reverse,
             )
+
+    def _vector(self, t: Tensor | None, shape: tuple[int, ...]) -> int | None:
+        return cpu.pointer(None if t is None else self.hold(t.float().contiguous()), shape)
 
     def hold(self, t: Tensor) -> Tensor:
         self.keep.append(t)

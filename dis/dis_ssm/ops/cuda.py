@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dis_ssm.ops import nvrtc, reference
 from dis_ssm.ops.cuda_abi import MAX_PLANES, Conv, ConvSide, Plane, Rows, Scan, ScanDirection, Sums
+from dis_ssm.ops.tensors import ConvInputs, Filter, ScanInputs, ScanTensors, as_returned
 
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
@@ -129,15 +130,14 @@ def _by_kernels(
     x_f, x_b = conv_forward(x, *filters)
     inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
     y, pregate, kept = scan_forward(*inputs, True, False, True)
-    dx_f, *d_f, dx_b, ddt_b, dA_b, dB_b, dC_b, dD_b, dbias_b, dz = scan_backward(
-        dout, pregate, kept, *inputs, True, False
-    )
-    dx, dw_f, _, dw_b, _ = conv_backward(dx_f, dx_b, x, *filters)
-    return [y, dx, dz, dw_f, *d_f, dw_b, ddt_b, dA_b, dB_b, dC_b, dD_b, dbias_b]
+    d_f, d_b, dz = ScanInputs.from_flat(*scan_backward(dout, pregate, kept, *inputs, True, False))
+    dx, dw_f, _, dw_b, _ = conv_backward(d_f.x, d_b.x, x, *filters)
+    (_, *d_f), (_, *d_b) = d_f, d_b
+    return [y, dx, dz, dw_f, *d_f, dw_b, *d_b]
 
 
 def _by_reference(dout, *tensors) -> list[Tensor]:
-    """:func:`_by_kernels` by autograd over plain PyTorch."""
+    """What `_by_kernels` returns, by autograd over plain PyTorch."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     x, z, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b = leaves
     x_f, x_b = reference.bidirectional_causal_conv1d(x, w_f, w_b)
@@ -180,7 +180,7 @@ class _Call:
         return torch.empty(shape, dtype=dtype or self.io, device=self.device)
 
     def partial(self, rows: int, like: Tensor | None, dtype: torch.dtype) -> tuple:
-        """A workspace of partial results and the tensor that :meth:`sum` fills from it."""
+        """A workspace of partial results and the tensor that `sum` fills from it."""
         if like is None:
             return None, None
         partial = self.empty(rows, *like.shape, dtype=torch.float32)
@@ -210,26 +210,31 @@ FULL = 128  # channels: a multiple of those of any block
 FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lanes
 
 
-def _scan(inputs: tuple, dt_softplus: bool, reverse: bool, keeps: bool) -> tuple[_Call, Scan]:
-    x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
-    states = next(n for n in (16, 32, 64) if A.shape[1] <= n)
+def _scan(given: ScanInputs, dt_softplus: bool, reverse: bool, keeps: bool) -> tuple[_Call, Scan]:
+    x, z, directions = given.f.x, given.z, given.directions()
+    _, state = given.f.A.shape
+    states = next(n for n in (16, 32, 64) if state <= n)
     warps = backward_warps(states, x.itemsize, *_shared_memory(x.device))
     known = {
         "SOFTPLUS": dt_softplus,
         "GATED": z is not None,
-        "SKIPS": inputs[5] is not None or inputs[12] is not None,
+        "SKIPS": any(tensors.D is not None for tensors in directions),
         "KEEPS": keeps,
         "FULL": x.shape[2] % FULL == 0,
         "ALIGNED": True,
     }
     known = {name: int(value) for name, value in known.items()}
     call = _Call("scan", x, STATES=states, WARPS=warps, **known)
-    scan = Scan(*x.shape, A.shape[1], 1 if x_b is None else 2)
-    for i in range(scan.directions):
-        x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
+    scan = Scan(*x.shape, state, len(directions))
+    for i, tensors in enumerate(directions):
         scan.direction[i] = ScanDirection(
-            *(call.rows(t) for t in (x, dt, B, C)),
-            *(call.vector(t) for t in (A, D, bias)),
+            x=call.rows(tensors.x),
+            dt=call.rows(tensors.dt),
+            B=call.rows(tensors.B),
+            C=call.rows(tensors.C),
+            A=call.vector(tensors.A),
+            D=call.vector(tensors.D),
+            dt_bias=call.vector(tensors.dt_bias),
             reverse=(i == 1) != reverse,
         )
     scan.z = call.rows(z)
@@ -256,7 +261,7 @@ def backward_warps(states: int, io_bytes: int, block_limit: int, sm_limit: int) 
 def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
     """Whether every row that scan_backward copies begins and ends on a border of 16 bytes."""
     directions = scan.direction[: scan.directions]
-    rows = [scan.z, scan.dout, *(getattr(d, n) for d in directions for n in ("x", "dt", "B", "C"))]
+    rows = [scan.z, scan.dout, *(row for d in directions for row in (d.x, d.dt, d.B, d.C))]
     numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
     return scan.state == states and all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
 
@@ -284,10 +289,11 @@ def _processors(device: torch.device) -> int:
 
 
 def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """``dis_ssm::scan`` on a GPU: same arguments and results as ``scan_op``."""
-    *inputs, dt_softplus, reverse, save = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse, save)
-    x, z, two = inputs[0], inputs[14], scan.directions == 2
+    """`dis_ssm::scan` on a GPU: same arguments and results as `scan_op`."""
+    *tensors, dt_softplus, reverse, save = arguments
+    given = ScanInputs.from_flat(*tensors)
+    call, scan = _scan(given, dt_softplus, reverse, save)
+    x, z, two = given.f.x, given.z, scan.directions == 2
     batch, length, channels = x.shape
     states = call.macros["STATES"]
     wide_warps = batch * channels * (states // 16) / 2 / 32
@@ -320,40 +326,38 @@ def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> list[Tensor]:
-    """``dis_ssm::scan_backward`` on a GPU: same arguments and results as ``scan_backward_op``."""
-    *inputs, dt_softplus, reverse = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse, True)
-    x, z = inputs[0], inputs[14]
+    """`dis_ssm::scan_backward` on a GPU: same arguments and results as `scan_backward_op`."""
+    *tensors, dt_softplus, reverse = arguments
+    given = ScanInputs.from_flat(*tensors)
+    call, scan = _scan(given, dt_softplus, reverse, True)
+    x = given.f.x
     batch, length, channels = x.shape
     warps, size = call.macros["WARPS"], call.macros["STATES"]
     groups = -(-channels // (32 * warps))
     scan.dout = call.rows(dout)
     scan.pregate = call.pointer(pregate.contiguous()) if pregate.numel() else None
-    grads: list[Tensor | None] = [None] * 15
-    if z is not None:
-        grads[14] = call.empty(*x.shape)
-        scan.dz = call.pointer(grads[14])
-    rows = batch if length else 0
-    states = states.contiguous()
-    for i, direction in enumerate(scan.direction[: scan.directions]):
-        *_, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
-        direction.states = states[i].data_ptr()
+    dz = None if given.z is None else call.empty(*x.shape)
+    scan.dz = call.pointer(dz)
+    rows, directions = batch if length else 0, []
+    blocks, states = scan.direction[: scan.directions], states.contiguous()
+    for direction, tensors, kept in zip(blocks, given.directions(), states, strict=True):
+        direction.states = call.pointer(kept)
         dx, ddt = call.empty(*x.shape), call.empty(*x.shape)
         direction.dx, direction.ddt = call.pointer(dx), call.pointer(ddt)
-        direction.dB, dB = call.partial(groups, B, call.io)
-        direction.dC, dC = call.partial(groups, C, call.io)
-        direction.dA, dA = call.partial(rows, A, torch.float32)
-        direction.dD, dD = call.partial(rows, D, torch.float32)
-        direction.ddt_bias, ddt_bias = call.partial(rows, bias, torch.float32)
-        grads[7 * i : 7 * i + 7] = dx, ddt, dA, dB, dC, dD, ddt_bias
+        direction.dB, dB = call.partial(groups, tensors.B, call.io)
+        direction.dC, dC = call.partial(groups, tensors.C, call.io)
+        direction.dA, dA = call.partial(rows, tensors.A, torch.float32)
+        direction.dD, dD = call.partial(rows, tensors.D, torch.float32)
+        direction.ddt_bias, ddt_bias = call.partial(rows, tensors.dt_bias, torch.float32)
+        directions.append(ScanTensors(dx, ddt, dA, dB, dC, dD, ddt_bias))
+    df, *db = directions
+    grads = ScanInputs(df, *(db or [None]), dz)
     if length:
         call.macros["ALIGNED"] = int(_aligned(scan, size, call.io.itemsize))
         shared = backward_shared(size, warps, call.io.itemsize)
         call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
     call.sum()
-    return [
-        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    return as_returned(grads.flat(), given.flat(), x)
 
 
 # ---- the convolution -------------------------------------------------------------------------
@@ -361,12 +365,14 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
 
 
-def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide]]:
-    call = _Call("conv", x, K=weights[0].shape[1], SILU=int(silu))
-    conv = Conv(*x.shape)
-    conv.x = call.rows(x)
-    sides = [conv.past, conv.future][:: -1 if reverse else 1][: 1 if weights[1] is None else 2]
-    for side, weight, bias in zip(sides, weights, biases, strict=False):
+def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, list[ConvSide]]:
+    """The call, its arguments, and the side of each direction that is given."""
+    call = _Call("conv", given.x, K=given.f.weight.shape[1], SILU=int(silu))
+    conv = Conv(*given.x.shape)
+    conv.x = call.rows(given.x)
+    sides = [conv.future, conv.past] if reverse else [conv.past, conv.future]
+    sides = sides[: len(given.directions())]
+    for side, (weight, bias) in zip(sides, given.directions(), strict=True):
         side.weight, side.bias = call.vector(weight), call.vector(bias)
     call.macros |= {"PAST": int(bool(conv.past.weight)), "FUTURE": int(bool(conv.future.weight))}
     return call, conv, sides
@@ -384,9 +390,9 @@ def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
 
 
 def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
-    """``dis_ssm::conv`` on a GPU: same arguments and results as ``conv_op``."""
-    weights, biases = (weight_f, weight_b), (bias_f, bias_b)
-    call, conv, sides = _conv(x, weights, biases, silu, reverse)
+    """`dis_ssm::conv` on a GPU: same arguments and results as `conv_op`."""
+    given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
+    call, conv, sides = _conv(given, silu, reverse)
     outputs = [call.empty(*x.shape) for _ in sides]
     for side, y in zip(sides, outputs, strict=True):
         side.y = call.pointer(y)
@@ -395,19 +401,18 @@ def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[T
 
 
 def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
-    """``dis_ssm::conv_backward`` on a GPU: same arguments and results as ``conv_backward_op``."""
-    inputs = (x, weight_f, bias_f, weight_b, bias_b)
-    call, conv, sides = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    """`dis_ssm::conv_backward` on a GPU: same arguments and results as `conv_backward_op`."""
+    given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
+    call, conv, sides = _conv(given, silu, reverse)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
-    grads = [dx, None, None, None, None]
-    segments = x.shape[0] * -(-x.shape[1] // SEGMENT)
-    for i, (side, dy) in enumerate(zip(sides, (dy_f, dy_b), strict=False)):
+    segments, filters = x.shape[0] * -(-x.shape[1] // SEGMENT), []
+    for side, (weight, bias), dy in zip(sides, given.directions(), (dy_f, dy_b), strict=False):
         side.dy = call.rows(dy)
-        side.dweight, grads[1 + 2 * i] = call.partial(segments, inputs[1 + 2 * i], torch.float32)
-        side.dbias, grads[2 + 2 * i] = call.partial(segments, inputs[2 + 2 * i], torch.float32)
+        side.dweight, dweight = call.partial(segments, weight, torch.float32)
+        side.dbias, dbias = call.partial(segments, bias, torch.float32)
+        filters.append(Filter(dweight, dbias))
+    grads = ConvInputs(dx, *filters)
     _launch_conv(call, "conv_backward", conv, [conv.x, *(side.dy for side in sides)])
     call.sum()
-    return [
-        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    return as_returned(grads.flat(), given.flat(), x)
