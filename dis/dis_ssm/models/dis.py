@@ -7,8 +7,8 @@ L tokens = J + condition tokens, K classes.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import partial
-from numbers import Integral, Number
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dis_ssm.diffusion.guidance import guide, within
+from dis_ssm.models.config import DiSConfig
 from dis_ssm.models.mixer import BiMamba, Direction, dtype_of
 from dis_ssm.ops.norm import add_rms_norm
-from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
 from dis_ssm.system.nearest import nearest
-
-SKIPS = ("concat", "add", "none")
-TIME_CONDITIONINGS = ("token", "adaln")
 
 
 def timestep_features(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -153,43 +150,23 @@ class DiS(nn.Module):
         drop_path: float = 0.0,
         cond_dim: int | None = None,
     ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = config  # rebuilds this model: DiS(**config)
-        height, width = (input_size,) * 2 if isinstance(input_size, Number) else input_size
-        sizes = dict(height=height, width=width, patch_size=patch_size, in_channels=in_channels)
-        sizes |= dict(hidden_size=hidden_size, depth=depth, num_classes=num_classes)
-        sizes |= dict(d_state=d_state, expand=expand, d_conv=d_conv)
-        sizes |= {} if cond_dim is None else dict(cond_dim=cond_dim)
-        for name, size in sizes.items():
-            least = 0 if name in ("depth", "num_classes") else 1  # an even depth is told why
-            if not isinstance(size, Integral) or size < least:
-                raise ValueError(f"{name} must be at least {least} and an integer, got {size!r}")
-            most = MOST_CLASSES if name == "num_classes" else LARGEST_SIDE
-            if size > most:
-                raise ValueError(f"{name} must be at most {most:,}, got {size}")
-        _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning)
-        for name, p in (("class_dropout_prob", class_dropout_prob), ("drop_path", drop_path)):
-            if not 0 <= p < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {p}")
-        self.input_size, self.patch_size, self.in_channels = (
-            (height, width),
-            patch_size,
-            in_channels,
-        )
-        self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
-        self.learn_sigma, self.class_dropout_prob, self.cond_dim = (
-            learn_sigma,
-            class_dropout_prob,
+        config = DiSConfig(
+            input_size, patch_size, in_channels, hidden_size, depth, num_classes, learn_sigma,
+            d_state, expand, d_conv, skip, time_conditioning, class_dropout_prob, drop_path,
             cond_dim,
-        )
-        self.has_null_class = num_classes > 0 and class_dropout_prob > 0
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        )  # fmt: skip
+        self.config = asdict(config)  # rebuilds this model: DiS(**config)
+        self.input_size, self.patch_size = config.sides, patch_size
+        self.in_channels, self.out_channels = in_channels, config.out_channels
+        self.learn_sigma = learn_sigma
+        self.hidden_size, self.depth = hidden_size, depth
+        self.num_classes, self.cond_dim = num_classes, cond_dim
+        self.has_null_class, self.class_dropout_prob = config.has_null_class, class_dropout_prob
+        self.num_condition_tokens = config.num_condition_tokens
         self.grad_checkpointing = False
 
-        conditional = num_classes > 0 or cond_dim is not None
-        adaln = time_conditioning == "adaln"
-        self.num_condition_tokens = 0 if adaln else 1 + conditional
+        height, width = config.sides
         tokens = height * width // patch_size**2 + self.num_condition_tokens
 
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -209,13 +186,15 @@ class DiS(nn.Module):
                 BiMamba(hidden_size, d_state, expand, d_conv),
                 hidden_size,
                 skip if i > depth // 2 else "none",
-                adaln,
+                config.adaln,
                 drop_path * i / max(depth - 1, 1),
             )
             for i in range(depth)
         )
         self.decoder = Decoder(
-            hidden_size, patch_size**2 * self.out_channels, conditional and not adaln
+            hidden_size,
+            patch_size**2 * config.out_channels,
+            config.conditional and not config.adaln,
         )
         init_weights(self)
 
@@ -386,23 +365,6 @@ def _check_labels(y: Tensor, rows: int, num_classes: int) -> None:
         if wrong == num_classes:
             hint = "; it has no null class, having been built without label dropout"
         raise ValueError(f"label {wrong} is out of range: the model knows 0 ... {rows - 1}{hint}")
-
-
-def _validate(height, width, patch_size, depth, num_classes, cond_dim, skip, time_conditioning):
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"patch_size {patch_size} does not divide the input size {height}x{width}")
-    if depth % 2 == 0:
-        raise ValueError(
-            f"depth must be odd, got {depth}: shallow and deep blocks pair up around a middle one"
-        )
-    if num_classes and cond_dim is not None:
-        raise ValueError("give num_classes or cond_dim, not both")
-    for name, value, known in (
-        ("skip", skip, SKIPS),
-        ("time_conditioning", time_conditioning, TIME_CONDITIONINGS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @torch.no_grad()
