@@ -50,7 +50,7 @@ def test_the_config_is_checked_when_it_is_made_and_then_fixed():
 
 def test_what_follows_from_the_options():
     plain, labels = DiSConfig(**TINY), DiSConfig(**TINY, num_classes=4, learn_sigma=False)
-    assert (plain.sides, plain.out_channels, plain.num_condition_tokens) == ((8, 8), 6, 1)
+    assert (plain.grid.sides, plain.out_channels, plain.num_condition_tokens) == ((8, 8), 6, 1)
     assert not plain.conditional and not plain.has_null_class
     assert (labels.out_channels, labels.num_condition_tokens) == (3, 2)
     assert labels.conditional and labels.has_null_class

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral, Number
-from typing import Any
 
-from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
+from dis_ssm.models.checks import check_count
+from dis_ssm.models.patches import PatchGrid
+from dis_ssm.system.limits import MOST_CLASSES
 
 SKIPS = ("concat", "add", "none")
 TIME_CONDITIONINGS = ("token", "adaln")
@@ -37,12 +37,13 @@ class DiSConfig:
     cond_dim: int | None = None
 
     def __post_init__(self):
-        self._check_counts()
-        height, width = self.sides
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"patch_size {self.patch_size} does not divide the input size {height}x{width}"
-            )
+        PatchGrid.of(self.input_size, self.patch_size)
+        for name in ("in_channels", "hidden_size", "d_state", "expand", "d_conv"):
+            check_count(name, getattr(self, name))
+        check_count("depth", self.depth, least=0)  # an even depth is told why
+        check_count("num_classes", self.num_classes, least=0, most=MOST_CLASSES)
+        if self.cond_dim is not None:
+            check_count("cond_dim", self.cond_dim)
         if self.depth % 2 == 0:
             raise ValueError(
                 f"depth must be odd, got {self.depth}: shallow and deep blocks pair up around a "
@@ -57,24 +58,10 @@ class DiSConfig:
             if not 0 <= (p := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {p}")
 
-    def _check_counts(self) -> None:
-        for name, side in zip(("height", "width"), self.sides, strict=True):
-            _check_count(name, side)
-        for name in ("patch_size", "in_channels", "hidden_size"):
-            _check_count(name, getattr(self, name))
-        _check_count("depth", self.depth, least=0)  # an even depth is told why
-        _check_count("num_classes", self.num_classes, least=0, most=MOST_CLASSES)
-        for name in ("d_state", "expand", "d_conv"):
-            _check_count(name, getattr(self, name))
-        if self.cond_dim is not None:
-            _check_count("cond_dim", self.cond_dim)
-
     @property
-    def sides(self) -> tuple[int, int]:
-        """(height, width)."""
-        size = self.input_size
-        height, width = (size, size) if isinstance(size, Number) else size
-        return height, width
+    def grid(self) -> PatchGrid:
+        """The patches of the input."""
+        return PatchGrid.of(self.input_size, self.patch_size)
 
     @property
     def out_channels(self) -> int:
@@ -100,10 +87,3 @@ class DiSConfig:
     def num_condition_tokens(self) -> int:
         """Tokens before those of the patches: the condition's, if any, and the time's."""
         return 0 if self.adaln else 1 + self.conditional
-
-
-def _check_count(name: str, value: Any, least: int = 1, most: int = LARGEST_SIDE) -> None:
-    if not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be at least {least} and an integer, got {value!r}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most:,}, got {value}")
