@@ -10,7 +10,7 @@ from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.latents import LatentDataset
 from dis_ssm.data.open import open_dataset
 from dis_ssm.diffusion.gaussian import Diffusion
-from dis_ssm.models.dis import DiS, DiS_models, create_model
+from dis_ssm.models import DiS, DiS_models, create_model
 from dis_ssm.storage.checkpoint import (
     WEIGHTS,
     load_weights,
