@@ -371,14 +371,14 @@ def test_sigterm_twice_still_leaves_a_complete_checkpoint(uninterrupted, tmp_pat
 
 
 SLOW_DRAWING = """
-drawn = pipeline.Artist.draw
+drawn = pipeline.Pipeline.draw
 def slowly(*arguments, callback, **options):
     def call(*news):
         time.sleep(0.05)
         return callback(*news)
     open(marker, "w").close()
     return drawn(*arguments, callback=call, **options)
-pipeline.Artist.draw = slowly
+pipeline.Pipeline.draw = slowly
 """
 DRAWING = ("--sample.steps", "500", "--train.save-every", "10")  # 25 s each when drawn slowly
 PREVIEW = (*DRAWING, "--sample.every", "5", "--sample.num", "2")

@@ -12,11 +12,10 @@ from torch import Tensor
 from dis_ssm.build import build_model
 from dis_ssm.config import Config, SampleConfig
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.images import VISIBLE_CHANNELS
 from dis_ssm.data.latents import LatentDataset
-from dis_ssm.encoders.decoding import cached_vae, load_decoder
+from dis_ssm.encoders.decoding import NO_VAE, decoder_name, find_decoder
 from dis_ssm.sampling.grids import label_columns
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.classes import grid_caption
 from dis_ssm.system.distributed import World
 from dis_ssm.training.averages import EMA
@@ -42,16 +41,9 @@ class Painter:
 
     def __init__(self, config: Config, dataset: ImageDataset, world: World):
         self.config, self.world, self.class_names = config, world, dataset.class_names
-        self.vae = None
-        if isinstance(dataset, LatentDataset):
-            name = config.data.vae or cached_vae(config.data.source)
-            name = world.gather(name)[0]
-            if name:
-                channels = config.model.in_channels
-                self.vae = load_decoder(name, config.data.source, channels, world.device)
-            self.visible = bool(self.vae)
-        else:
-            self.visible = config.model.in_channels in VISIBLE_CHANNELS
+        name = world.gather(decoder_name(config))[0]  # the same on machines without that folder
+        self.decoder = find_decoder(config, name or NO_VAE, world.device)
+        self.visible = self.decoder.visible
 
     def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int]:
         """uint8 images for a grid, on every rank, and its columns. Raises Stopped."""
@@ -95,8 +87,8 @@ class Painter:
         model.load_state_dict(averages, assign=True)
         model.eval().requires_grad_(False)
         device, precision = self.world.device, self.config.train.precision
-        artist = Artist(model, self.config, self.vae, device, precision)
-        return artist.draw(indices, labels, settings, callback=callback)
+        pipeline = Pipeline(model, self.config, self.decoder, device, precision)
+        return pipeline.draw(indices, labels, settings, callback=callback)
 
 
 class Scorer:
