@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.system.distributed import whole
 from dis_ssm.training.batches import BatchLoader
 from dis_ssm.training.trainer import Trainer
@@ -102,7 +102,7 @@ def slow_steps(place):
 
 def slow_drawing(place):
     """Every step of sampling takes a twentieth of a second more; the first is marked."""
-    draw = Artist.draw
+    draw = Pipeline.draw
 
     def drawn(*arguments, callback, **options):
         def slowly(*news):
@@ -112,4 +112,4 @@ def slow_drawing(place):
         place.mark()
         return draw(*arguments, callback=slowly, **options)
 
-    Artist.draw = drawn
+    Pipeline.draw = drawn

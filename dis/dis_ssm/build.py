@@ -9,7 +9,7 @@ from dis_ssm.config import SIZES, Config, DiffusionConfig, ModelConfig, resolve
 from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.open import open_dataset
 from dis_ssm.diffusion.gaussian import Diffusion
-from dis_ssm.models.dis import DiS, DiS_models, create_model
+from dis_ssm.models import DiS, DiS_models, create_model
 from dis_ssm.storage.checkpoint import (
     WEIGHTS,
     load_weights,

@@ -13,7 +13,7 @@ from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, ScoreC
 from dis_ssm.data.open import open_dataset
 from dis_ssm.metrics.frechet import frechet_of_features
 from dis_ssm.metrics.pixels import pixel_features
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.checkpoint import newest_intact
 from dis_ssm.system.distributed import ALONE
 from dis_ssm.training import train
@@ -76,14 +76,14 @@ def test_a_signal_while_drawing_saves_the_step_and_owes_the_picture(tmp_path, mo
     config = config_of(tmp_path / "a", every=0)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, every=1))
     train(dataclasses.replace(config, out=tmp_path / "b"))
-    draw = Artist.draw
+    draw = Pipeline.draw
 
     def interrupted(self, *arguments, **options):
         signal.raise_signal(signal.SIGTERM)
         return draw(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Artist, "draw", interrupted)
+        patch.setattr(Pipeline, "draw", interrupted)
         outcome = train(config)
     assert (outcome.step, outcome.stopped_by) == (1, signal.SIGTERM)
     assert (tmp_path / "a" / "checkpoints" / "00000001" / "COMPLETE").exists()

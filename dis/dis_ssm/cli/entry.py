@@ -19,7 +19,7 @@ from dis_ssm.cli.near import near_flags
 from dis_ssm.cli.sample import sample
 from dis_ssm.cli.train import INTERRUPTED, base_of, train_command
 from dis_ssm.config import Config
-from dis_ssm.ops.cpu import BackendError
+from dis_ssm.ops import BackendError
 from dis_ssm.system.distributed import RankError
 from dis_ssm.system.nearest import nearest
 from dis_ssm.version import __version__

@@ -12,10 +12,9 @@ from torch import Tensor
 from dis_ssm.build import build_model
 from dis_ssm.config import Config, DataConfig, SampleConfig, ScoreConfig
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.images import VISIBLE_CHANNELS
-from dis_ssm.encoders.decoding import cached_vae, load_decoder
+from dis_ssm.encoders.decoding import NO_VAE, decoder_name, find_decoder
 from dis_ssm.sampling.grids import label_columns
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.classes import grid_caption
 from dis_ssm.system.distributed import World
 from dis_ssm.training.averages import EMA
@@ -43,16 +42,9 @@ class PreviewSampler:
 
     def __init__(self, config: Config, dataset: ImageDataset, world: World):
         self.config, self.world, self.class_names = config, world, dataset.class_names
-        self.vae = None
-        if dataset.latents:
-            name = config.data.vae or cached_vae(config.data.source)
-            name = world.gather(name)[0]
-            if name:
-                channels = config.model.in_channels
-                self.vae = load_decoder(name, config.data.source, channels, world.device)
-            self.visible = bool(self.vae)
-        else:
-            self.visible = config.model.in_channels in VISIBLE_CHANNELS
+        name = world.gather(decoder_name(config))[0]  # the same on machines without that folder
+        self.decoder = find_decoder(config, name or NO_VAE, world.device)
+        self.visible = self.decoder.visible
 
     def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int]:
         """Images for a grid, uint8 (n, C, H, W) on every rank, and the grid's columns.
@@ -104,8 +96,8 @@ class PreviewSampler:
         model.load_state_dict(averages, assign=True)
         model.eval().requires_grad_(False)
         device, precision = self.world.device, self.config.train.precision
-        artist = Artist(model, self.config, self.vae, device, precision)
-        return artist.draw(indices, labels, settings, callback=callback)
+        pipeline = Pipeline(model, self.config, self.decoder, device, precision)
+        return pipeline.draw(indices, labels, settings, callback=callback)
 
 
 class _Interrupted(Exception):
