@@ -269,7 +269,11 @@ def named_configs() -> dict[str, Path]:
 
 def load_config(source: str | Path) -> Config:
     """Read a TOML or JSON file, or a name of `named_configs`; what it leaves out is default, but
-    for the config.json of a run (see `from_saved`)."""
+    for the config.json of a run (see `from_saved`).
+
+    Raises:
+        ValueError: there is no such file or name, or a key or value in it is wrong.
+    """
     path = Path(source)
     if not path.suffix and not path.is_file():
         named = named_configs()
@@ -290,12 +294,20 @@ def load_config(source: str | Path) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Config from nested dictionaries of plain values; the inverse of `to_dict`."""
+    """Config from nested dictionaries of plain values; the inverse of `to_dict`.
+
+    Raises:
+        ValueError: a key is unknown, or a value wrong.
+    """
     return _convert(values, Config, "")
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """`from_dict` of what a run saved: before data.background there was only "drop"."""
+    """`from_dict` of what a run saved: before data.background there was only "drop".
+
+    Raises:
+        ValueError: as `from_dict`.
+    """
     data = values.get("data") if isinstance(values, dict) else None
     if isinstance(data, dict):
         values = values | {"data": {"background": "drop"} | data}
@@ -345,7 +357,17 @@ def resolve(
     num_classes: int,
     latents: bool = False,
 ) -> Config:
-    """Fill what follows from the data. ValueError where the two contradict each other."""
+    """Fill what follows from the data.
+
+    Args:
+        config: as the user gave it.
+        channels, height, width: of what the model is to learn.
+        num_classes: of the data; 0 without labels.
+        latents: whether the data is a latent cache.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
     if config.data.latents not in (None, latents):
         what = "a latent cache" if latents else "not a latent cache"
         raise ValueError(
@@ -377,7 +399,11 @@ def resolve(
 
 
 def sample_settings(config: Config, **flags: Any) -> SampleConfig:
-    """The [sample] section under those flags that are not None; ValueError if they do not fit."""
+    """The [sample] section under those flags that are not None.
+
+    Raises:
+        ValueError: they do not fit the model, or one another.
+    """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = dataclasses.replace(config.sample, **given)
     for name in ("cfg_channels", "cfg_interval"):
@@ -390,7 +416,11 @@ def sample_settings(config: Config, **flags: Any) -> SampleConfig:
 
 
 def check_guidance(config: Config, cfg_scale: float) -> None:
-    """ValueError when guidance is asked of a model that never saw the null class."""
+    """Check that guidance is not asked of a model that never saw the null class.
+
+    Raises:
+        ValueError: it is.
+    """
     model = config.model
     if cfg_scale != 1 and not (model.num_classes and model.class_dropout_prob):
         raise ValueError(
@@ -400,14 +430,22 @@ def check_guidance(config: Config, cfg_scale: float) -> None:
 
 
 def check_guided_channels(config: Config, settings: SampleConfig) -> None:
-    """ValueError when more channels are to be guided than the model has."""
+    """Check that no more channels are to be guided than the model has.
+
+    Raises:
+        ValueError: more are.
+    """
     wanted, there = settings.cfg_channels, config.model.in_channels
     if wanted is not None and wanted > there:
         raise ValueError(f"cfg_channels {wanted} exceeds the {there} channels of the model")
 
 
 def check_steps(config: Config, settings: SampleConfig) -> None:
-    """ValueError when sampling takes more steps than the diffusion has."""
+    """Check that sampling takes no more steps than the diffusion has.
+
+    Raises:
+        ValueError: it takes more.
+    """
     if settings.steps > (most := config.diffusion.num_steps):
         raise ValueError(f"sample.steps {settings.steps} exceeds diffusion.num_steps {most}")
 

@@ -1,8 +1,8 @@
 """A cache of VAE latents, read at random. (`dis_ssm.encoders.encoding` makes it.)
 
 CACHE/shard-%05d.safetensors holds, for `shard_size` consecutive images of the source less the
-corrupt ones, ``mean`` and ``std`` (n, 2, C, H, W) float16 of the posterior of the image [:, 0] and
-of its mirror image [:, 1], and ``label`` (n,) int64. CACHE/manifest.json says what they are of:
+corrupt ones, `mean` and `std` (n, 2, C, H, W) float16 of the posterior of the image [:, 0] and of
+its mirror image [:, 1], and `label` (n,) int64. CACHE/manifest.json says what they are of:
 source, VAE and its hashes, scale, precision, counts, size and SHA-256 of every shard.
 
 Letters: n images, C latent channels, H, W latent height and width.
@@ -49,6 +49,9 @@ class LatentDataset(ImageDataset):
     """Moments of a cache, memory-mapped: `channels`, `height`, `width` are those of the latents.
 
     Opens with `open_cache`. Copies of it in other processes map the files again.
+
+    Raises:
+        CacheError: a shard is missing, cut short or of another shape.
     """
 
     latents = True
@@ -136,7 +139,11 @@ class Verified:
         self._stamps = found if isinstance(found, dict) else {}
 
     def require(self, record: dict[str, Any]) -> None:
-        """CacheError unless the shard of `record` is unaltered."""
+        """Check the shard of `record`, unless that has been done.
+
+        Raises:
+            CacheError: the shard was altered.
+        """
         name, path = record["name"], self.folder / record["name"]
         if name in self._seen:
             return
@@ -152,19 +159,24 @@ class Verified:
 
 
 def is_cache(source: str | Path) -> bool:
+    """Whether `source` is a folder with the manifest of a cache."""
     return (Path(source).expanduser() / MANIFEST).is_file()
 
 
 def open_cache(folder: str | Path) -> LatentDataset:
     """A complete cache, for reading. Sizes and headers are checked; contents by `check_cache`.
 
-    Raises CacheError naming the file that is missing, cut short or of another shape.
+    Raises:
+        CacheError: the cache is incomplete, or a file, which it names, is missing, cut short or of
+            another shape.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         shards = f"{len(manifest['shards'])} of {len(shard_spans(manifest))} shards"
-        raise CacheError(f"{folder} is incomplete, {shards}: the same dis-ssm encode finishes it")
+        raise CacheError(
+            f"{folder} is incomplete, {shards}: rerun the same `dis-ssm encode` to finish it"
+        )
     try:
         return LatentDataset(folder, manifest)
     except CacheError as error:
@@ -176,6 +188,9 @@ def check_cache(folder: str | Path) -> dict[str, str]:
 
     Verifies sizes, SHA-256, shapes, labels, that all moments are finite and no std negative, and
     the counts. Encoding into the folder again repairs what is wrong.
+
+    Raises:
+        CacheError: there is no manifest, or it is damaged.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
@@ -219,7 +234,8 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache, verified by its own SHA-256 (which 0.1.0 did not write).
 
-    Raises CacheError where there is none, or it is damaged, or of another format.
+    Raises:
+        CacheError: there is none, or it is damaged, or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -254,8 +270,10 @@ def latent_scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(shift, scale), float32 (1 or C, 1, 1): model space is (z - shift) * scale.
 
     shift_factor (0 if None) and scaling_factor of a VAE's config; where it has latents_mean and
-    latents_std, one of each a channel, these and scaling_factor / latents_std. ValueError where
-    they are no finite numbers.
+    latents_std, one of each a channel, these and scaling_factor / latents_std.
+
+    Raises:
+        ValueError: they are no finite numbers.
     """
     try:
         shift, scale = _latent_scale(config)
@@ -295,7 +313,11 @@ def _map_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any]) -
 
 
 def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any]) -> None:
-    """CacheError unless the shard is what `record` says, to the bit, and its numbers are sound."""
+    """Check that a shard is what `record` says, to the bit, and that its numbers are sound.
+
+    Raises:
+        CacheError: it is not.
+    """
     path, tensors = folder / record["name"], _map_shard(folder, manifest, record)
     if sha256(path) != record["sha256"]:
         raise CacheError(f"{path} was altered: its SHA-256 is wrong")
@@ -309,4 +331,5 @@ def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any])
 
 
 def bar_interval() -> float:
+    """Seconds between two drawings of a progress bar: fewer on a terminal than in a file."""
     return 0.2 if sys.stderr.isatty() else 30.0

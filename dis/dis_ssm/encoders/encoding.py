@@ -71,16 +71,30 @@ def encode(
     background: str = "white",
     relabel: bool = False,
 ) -> dict[str, Any]:
-    """Encode the images of `source` (see `open_dataset`) into the cache `out`; its manifest.
+    """Encode the images of `source` (see `open_dataset`) into the cache `out`.
 
     Every rank of `world` calls it and encodes shards of its own. The same call again goes on where
     a killed one stopped: shards that are there and intact are kept, others encoded (again). The
     bits of a shard depend on the arguments and the machine, not on the world or on interruptions.
-    `precision` "bf16" is autocast; the moments are taken in float32 and stored in float16.
 
-    Raises ValueError for settings that cannot be, or that differ from those the folder was begun
-    with, for more than `max_corrupt` unreadable images and for moments beyond float16; OSError when
-    the disk is full. Finished shards stay.
+    Args:
+        source: the images; split, image_size, max_corrupt, workers, background and relabel are
+            those of `open_dataset`.
+        out: the folder of the cache.
+        vae: folder or hub id of the encoder.
+        batch_size: images encoded together.
+        shard_size: images of the source that one shard is for.
+        precision: "float32", or "bf16" for autocast; the moments are taken in float32 and stored in
+            float16.
+        world: the processes that encode together; None: this one alone.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: settings cannot be, or differ from those the folder was begun with; more than
+            `max_corrupt` images cannot be read; or moments are beyond float16.
+        OSError: the disk is full. Finished shards stay, whatever is raised.
     """
     world, out = world or World(pick_device(None)), Path(out)
     for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():

@@ -226,7 +226,11 @@ def _resident() -> int | None:
 
 
 def require_wandb() -> ModuleType:
-    """The module; ImportError saying how to install it where it is missing."""
+    """The module.
+
+    Raises:
+        ImportError: it is missing; it says how to install it.
+    """
     try:
         import wandb
     except ImportError as error:
