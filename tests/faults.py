@@ -5,7 +5,6 @@ process imports it by name. It replaces what is public: calls of the system, met
 """
 
 import os
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,8 @@ def pause_at_call(place, *, names, call, victim=0):
 
 def full_disk(place, *, ranks, limit):
     """Files of these ranks cannot grow beyond `limit` bytes."""
+    import resource  # POSIX has it
+
     if place.rank in ranks:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
@@ -89,12 +90,12 @@ def hang(place, *, victim, step):
     BatchLoader.read = hanging
 
 
-def slow_steps(place):
-    """Every step takes a tenth of a second more."""
+def slow_steps(place, *, seconds=0.1):
+    """Every step takes so much longer."""
     update = Trainer.update
 
     def updated(self, *arguments):
-        time.sleep(0.1)
+        time.sleep(seconds)
         return update(self, *arguments)
 
     Trainer.update = updated

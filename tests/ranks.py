@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from functools import cache
 
 import torch
 
@@ -42,8 +43,13 @@ num = 10
 steps = 3
 """
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dis_ssm.training", "dis_ssm.cli", "sklearn.datasets"])
+
+@cache
+def server():
+    """What forks the processes, having imported what they need; POSIX has it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dis_ssm.training", "dis_ssm.cli", "sklearn.datasets"])
+    return context
 
 
 def free_port():
@@ -67,21 +73,21 @@ def rank_main(arguments, environment, output, marker, fault):
 class Ranks:
     """`size` processes that train in `run`, each with `fault`, one of the module `faults`."""
 
-    def __init__(self, run, size=2, parallel="ddp", *flags, fault=None):
-        config = run.with_suffix(".toml")
-        config.write_text(CONFIG)
+    def __init__(self, run, size=2, parallel="ddp", *flags, fault=None, config=CONFIG):
+        file = run.with_suffix(".toml")
+        file.write_text(config)
         self.run, self.size, self.parallel = run, size, parallel
         self.output = run.with_suffix(f".{time.monotonic_ns()}.txt")
         self.marker = run.with_suffix(".marker")
         self.marker.unlink(missing_ok=True)
-        arguments = ["train", str(config), "--out", str(run), "--train.parallel", parallel, *flags]
+        arguments = ["train", str(file), "--out", str(run), "--train.parallel", parallel, *flags]
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.processes = []
         for rank in range(size):
             environment = {**world, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}
             environment = {name: str(value) for name, value in environment.items()}
             given = (arguments, environment, str(self.output), self.marker, fault)
-            self.processes.append(SERVER.Process(target=rank_main, args=given, daemon=True))
+            self.processes.append(server().Process(target=rank_main, args=given, daemon=True))
         for process in self.processes:
             process.start()
 

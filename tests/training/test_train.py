@@ -5,11 +5,9 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
-import time
 import types
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import faults
 from dis_ssm.build import build_diffusion, load_model, open_run
 from dis_ssm.config import SampleConfig, to_toml
 from dis_ssm.costs.operations import training_flops
@@ -34,8 +33,7 @@ from dis_ssm.training.optimizer import learning_rate
 from dis_ssm.training.preview import PreviewSampler
 from dis_ssm.training.trainer import PARTS, Trainer
 from helpers import tiny, trainer_of
-
-TIMES = ("images_per_second", "seconds", "tflops", "memory_gb", "data_wait", "eta_hours")
+from ranks import TIMES, Ranks, lines_so_far
 
 
 @pytest.fixture(autouse=True)
@@ -239,20 +237,6 @@ def test_nonfinite_steps_in_a_row_stop_the_run_with_its_state_saved(tmp_path, mo
 
 # ---- whole runs ----------------------------------------------------------------------------
 
-SLOWLY = """
-import sys, time, torch
-from dis_ssm.training import train
-from dis_ssm.training.trainer import Trainer
-from dis_ssm.config import load_config
-torch.set_num_threads(1)
-update = Trainer.update
-def slow(self, batch, signal=None):
-    time.sleep(0.4)
-    return update(self, batch, signal)
-Trainer.update = slow
-train(load_config(sys.argv[1]))
-"""
-
 
 def assert_same_run(a, b):
     (_, state_a, parts_a), (_, state_b, parts_b) = intact(a), intact(b)
@@ -267,19 +251,14 @@ def assert_same_run(a, b):
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = dict(save_every=3, ema_warmup=3)
-    file = tmp_path / "config.toml"
-    file.write_text(to_toml(tiny(killed, **settings)))
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, file], stderr=subprocess.DEVNULL)
+    config, slow = to_toml(tiny(killed, **settings)), partial(faults.slow_steps, seconds=0.4)
+    ranks = Ranks(killed, 1, config=config, fault=slow)
     try:
         train(tiny(whole, **settings))
-        deadline = time.monotonic() + 60
-        while not (killed / "log.jsonl").exists() or len(read_log_lines(killed)) < 4:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        ranks.wait_for(lambda: len(lines_so_far(killed)) >= 4)
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        ranks.send(signal.SIGKILL)
+    assert ranks.ended() == [-signal.SIGKILL]
     assert [f.name for f in complete_checkpoints(killed)] == ["00000003"]
     assert untimed(read_log(killed)[:4]) == untimed(read_log(whole)[:4])
     with (killed / "log.jsonl").open("a") as file:
@@ -288,10 +267,6 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     assert (outcome.step, outcome.stopped_by) == (6, None)
     assert [line["step"] for line in read_log(killed)] == [1, 2, 3, 4, 5, 6]
     assert_same_run(whole, killed)
-
-
-def read_log_lines(run):
-    return (run / "log.jsonl").read_text().splitlines()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

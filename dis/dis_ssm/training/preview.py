@@ -29,7 +29,7 @@ STOP = "stop"  # what ranks call to one another while they draw
 
 
 class PreviewSampler:
-    """Draws pixels from an `EMA`; latents are decoded by the VAE of the config or of the cache.
+    """Draws images from an `EMA`; latents are decoded by the VAE of the config or of the cache.
 
     Args:
         config: of the run, resolved.
@@ -38,6 +38,9 @@ class PreviewSampler:
 
     Attributes:
         visible: whether there is a way to show what the model draws.
+
+    Raises:
+        ValueError: the VAE cannot be loaded, or has other latent channels than the model.
     """
 
     def __init__(self, config: Config, dataset: ImageDataset, world: World):
