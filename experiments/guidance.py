@@ -24,10 +24,11 @@ import tyro
 from tyro.conf import Positional
 
 from dis_ssm.cli.evaluate import evaluate
-from dis_ssm.cli.sample import sample
-from dis_ssm.config import from_dict, sample_settings, to_dict
+from dis_ssm.config import sample_settings, to_dict
 from dis_ssm.sampling.draw import samples_name
-from dis_ssm.storage.checkpoint import locate, read_state
+from dis_ssm.sampling.pipeline import open_pipeline
+from dis_ssm.sampling.sets import draw_set, plan_samples
+from dis_ssm.storage.checkpoint import read_state
 from dis_ssm.system.distributed import World, join_world
 
 TRADED = ("precision", "recall")
@@ -59,9 +60,10 @@ class Sweep:
 
     def __init__(self, options: Options, world: World):
         self.options, self.world = options, world
-        self.run, checkpoint = locate(options.run)
-        state = read_state(checkpoint)
-        self.config, self.step = from_dict(state["config"]), state["step"]
+        precision = options.precision
+        self.pipeline = open_pipeline(options.run, precision=precision, world=world)
+        origin, self.config = self.pipeline.origin, self.pipeline.config
+        self.run, self.step = origin.run, read_state(origin.checkpoint)["step"]
         self.reference = options.reference or self.config.data.source
         self.folder = self.run / "guidance"
         self.folder.mkdir(exist_ok=True)
@@ -69,12 +71,21 @@ class Sweep:
     def drawn(self, scale: float) -> Path:
         """The set of one scale."""
         options = self.options
-        names = ("num", "steps", "sampler", "cfg_interval", "seed")
-        drawing = {name: getattr(options, name) for name in names} | {"cfg_scale": scale}
-        name = samples_name(self.step, sample_settings(self.config, **drawing))
+        settings = sample_settings(
+            self.config,
+            num=options.num,
+            steps=options.steps,
+            sampler=options.sampler,
+            cfg_scale=scale,
+            cfg_interval=options.cfg_interval,
+            seed=options.seed,
+        )
+        plan = plan_samples(self.pipeline, settings, labels=options.labels)
+        name = samples_name(self.step, settings)
         path = self.folder / f"{name}-{options.labels}-{options.precision}.npz"
-        how = {"labels": options.labels, "precision": options.precision}
-        sample(options.run, out=path, **how, **drawing)
+        draw_set(self.pipeline, plan, path, self.world)
+        if self.world.main:
+            print(path)
         return path
 
     def real(self) -> Path:

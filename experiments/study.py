@@ -29,7 +29,7 @@ from dis_ssm.sampling.grids import save_images
 from dis_ssm.storage.run import score_path
 from dis_ssm.system.files import write_json
 from dis_ssm.system.machine import pick_device
-from dis_ssm.training.trainer import train
+from dis_ssm.training import train
 
 __all__ = ["write_json"]
 

@@ -110,6 +110,25 @@ class LabelModel:
         return torch.cat([torch.sin(x + phase), torch.tanh(x * phase)], 1)
 
 
+class PartsModel:
+    """An arbitrary function of (x, t, y) with 2C channels, y a `Condition` of which it reads label
+    and context; it records the conditions that it was given."""
+
+    null_class = 3
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append(y)
+        told = y.context.to(x)
+        if y.context_mask is not None:
+            told = told * y.context_mask[..., None]
+        told = told.sum((1, 2)) + (0 if y.label is None else y.label)
+        phase = (t.to(x) / 100 + told).reshape(-1, 1, 1, 1)
+        return torch.cat([torch.sin(x + phase), torch.tanh(x * phase)], 1)
+
+
 def normal(*shape, dtype=torch.float64, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

@@ -18,8 +18,7 @@ import peers
 import torch
 from harness import MEASURED, error, processor, race, record, require, write
 
-from dis_ssm.ops import bidirectional_selective_scan, selective_scan
-from dis_ssm.ops import cpu as native
+from dis_ssm.ops import bidirectional_selective_scan, cpu, selective_scan
 
 BOUND = 2e-5  # error allowed, of the largest entry
 
@@ -75,7 +74,7 @@ def training(run, inputs, grad):
 
 def exponentials(count: int):
     """``count`` of the kernel's own exp2 in the first-level cache, on one thread; checked."""
-    exp2 = native.library().dis_ssm_exp2
+    exp2 = cpu.library().dis_ssm_exp2
     grid = torch.linspace(-120, 120, 1 << 16)
     exact = grid.double().exp2()
     exp2(grid.data_ptr(), grid.data_ptr(), grid.numel(), 1.0, 1)
@@ -126,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    isa, threads = native.instruction_set(), options.threads
+    isa, threads = cpu.instruction_set(), options.threads
     report = record(f"{processor()}, {isa}, {threads} thread{'s' * (threads > 1)}")
     print(report["device"])
     for length in options.lengths:

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from dis_ssm.costs.operations import kept_bytes
 from dis_ssm.models.mixer import BiMamba
 from dis_ssm.models.peers import build
-from dis_ssm.ops import cpu as native
+from dis_ssm.ops import cpu
 
 CHANNELS, CLASSES = 4, 1000
 PRODUCTS = ("aten::addmm", "aten::addmm_", "aten::mm", "aten::bmm")
@@ -70,7 +70,7 @@ def main() -> None:
     y = torch.randint(0, CLASSES, (options.batch,))
     built = models(options.size)
     steps = {name: training_step(*pair, x, t, y) for name, pair in built.items()}
-    report = record(f"{processor()}, {native.instruction_set()}, {options.threads} threads")
+    report = record(f"{processor()}, {cpu.instruction_set()}, {options.threads} threads")
     report["parameters"] = {
         n: sum(p.numel() for p in m.parameters()) for n, (m, _) in built.items()
     }

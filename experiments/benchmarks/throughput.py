@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dis_ssm.costs.operations import count, sketch
 from dis_ssm.models.peers import build
-from dis_ssm.ops import cpu as native
+from dis_ssm.ops import cpu
 
 CHANNELS, CLASSES, PATCH = 4, 1000, 2
 STEPS = 1000  # of the diffusion, the range of t
@@ -178,7 +178,7 @@ def main() -> None:
     if on_gpu := device.type == "cuda":
         title = torch.cuda.get_device_name(device)
     else:
-        title = f"{processor()}, {native.instruction_set()}, {options.threads} threads"
+        title = f"{processor()}, {cpu.instruction_set()}, {options.threads} threads"
     out = options.out or MEASURED / f"throughput-{slug(title) if on_gpu else 'cpu'}.json"
     report = record(f"{title}, {options.precision}")
     report |= {"models": options.models, "sizes": options.sizes, "G multiply-adds": {}}

@@ -217,7 +217,7 @@ def stopped_before_work(began, monkeypatch):
 
     monkeypatch.setattr(hf, "_from_hub", nowhere)
     monkeypatch.setattr(trainer.Trainer, "update", began)
-    monkeypatch.setattr(pipeline.Artist, "draw", began)
+    monkeypatch.setattr(pipeline.Pipeline, "draw", began)
     monkeypatch.setattr(evaluate, "draw_images", began)
     monkeypatch.setattr(complexity, "sketch", began)
     monkeypatch.setattr(

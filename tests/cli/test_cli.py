@@ -30,7 +30,7 @@ from dis_ssm.config import (
 from dis_ssm.data.images import to_model_space, to_uint8
 from dis_ssm.sampling import grids as images
 from dis_ssm.sampling.grids import GAP, label_columns, make_grid
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.checkpoint import save_checkpoint
 from dis_ssm.system import distributed
 from dis_ssm.training.trainer import Trainer
@@ -257,7 +257,7 @@ def test_wrong_requests_for_samples(run, capsys, flags, words):
 def test_an_impossible_output_is_refused_before_anything_is_drawn(
     run, tmp_path, monkeypatch, capsys, name
 ):
-    monkeypatch.setattr(Artist, "draw", lambda *_, **__: pytest.fail("drew"))
+    monkeypatch.setattr(Pipeline, "draw", lambda *_, **__: pytest.fail("drew"))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     assert main(["sample", str(run), "--out", str(tmp_path / name)]) == 2

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dis_ssm.build import load_model
 from dis_ssm.cli import main
 from dis_ssm.config import load_config
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.classes import class_labels, class_names
+from dis_ssm.training import train
 from dis_ssm.training.optimizer import learning_rate
-from dis_ssm.training.trainer import train
 
 NAMES = ["cat", "dog", "wild horse"]
 TINY = "--model.hidden-size 16 --model.depth 1 --model.patch-size 4 --model.d-state 4".split()
@@ -186,7 +186,7 @@ def test_what_was_drawn_and_scored_is_not_drawn_again(run, monkeypatch, capsys):
     for _ in range(2):
         assert main(["sample", str(run), "--num", "6"]) == 0
         assert main(["evaluate", str(run), *flags]) == 0
-        monkeypatch.setattr(Artist, "draw", lambda *_, **__: pytest.fail("drew again"))
+        monkeypatch.setattr(Pipeline, "draw", lambda *_, **__: pytest.fail("drew again"))
         monkeypatch.setattr(
             "dis_ssm.metrics.run_scores.draw_images", lambda *_: pytest.fail("drew again")
         )
@@ -250,7 +250,7 @@ def test_refusals_come_first_and_leave_nothing_behind(
 ):
     for name in ("samples", "scores"):
         shutil.rmtree(run / name, ignore_errors=True)
-    monkeypatch.setattr(Artist, "draw", lambda *_, **__: pytest.fail("drew"))
+    monkeypatch.setattr(Pipeline, "draw", lambda *_, **__: pytest.fail("drew"))
     before = sorted(run.rglob("*"))
     assert main([argument.format(run=run, photos=photos) for argument in arguments]) == 2
     assert words in capsys.readouterr().err

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from dis_ssm import DiS
 from dis_ssm.cli import main
@@ -24,7 +23,7 @@ from dis_ssm.costs.complexity import (
     table1,
     total,
 )
-from dis_ssm.costs.operations import count, forward_flops, sketch
+from dis_ssm.costs.operations import count, flop_counter, forward_flops, sketch
 from dis_ssm.models.dit import dit
 from dis_ssm.models.peers import build
 from dis_ssm.models.uvit import UViT, UViTBlock
@@ -125,7 +124,7 @@ def test_a_count_is_what_really_runs(native, family):
     }[family]
     model, y = make().eval(), torch.zeros(1, dtype=torch.int64)
     math = sdpa_kernel(SDPBackend.MATH)  # as matrix products, which are counted everywhere
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), math:
+    with flop_counter() as counter, torch.no_grad(), math:
         model(torch.randn(1, channels, *size), torch.zeros(1), y)
     again = 0
     if family == "DiT":  # diffusers embeds in every block and once at the end

@@ -73,7 +73,7 @@ def oracle(monkeypatch, tmp_path):
     """A run whose model draws the mean image of the class it is asked for."""
     config = tiny_config()
     write_run(tmp_path, config)
-    model = MeanOfClass(build_diffusion(config))
+    model = MeanOfClass(build_diffusion(config.diffusion))
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: (model, config))
     return tmp_path, model, config
 
@@ -138,7 +138,7 @@ def test_options_override_the_runs(oracle):
 def test_bound_is_the_mean_of_the_whole_bound():
     """The estimate agrees with the sum over every timestep of the same images."""
     config = tiny_config()
-    diffusion = dataclasses.replace(build_diffusion(config), num_steps=40)
+    diffusion = dataclasses.replace(build_diffusion(config.diffusion), num_steps=40)
     model, heldout = MeanOfClass(diffusion), open_dataset("digits", "heldout")
     images, labels = heldout.batch(epoch_order(len(heldout), seed=0, epoch=0)[:64])
     generators = image_generators(1, range(64))

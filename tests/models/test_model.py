@@ -412,7 +412,7 @@ def test_drop_path_is_random_per_image_in_training_only():
 
 
 def test_given_blocks_are_kept_and_scaled():
-    """keep spares an input and divides it by its chance; with chance 1/2 a kept one doubles."""
+    """A kept block input is divided by its chance: with chance 1/2 it doubles."""
     model = awaken(tiny(drop_path=0.5)).train()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 7])
     block = model.blocks[-1]
@@ -420,9 +420,9 @@ def test_given_blocks_are_kept_and_scaled():
     block.norm.register_forward_hook(lambda module, args, out: inputs.append(out[1]))
     residuals = []
     block.register_forward_pre_hook(lambda module, args: residuals.append(args[:3]))
-    keep = torch.ones(model.depth, 2, dtype=torch.bool)
-    keep[-1, 1] = False
-    model(x, t, None, keep)
+    mask = torch.ones(model.depth, 2, dtype=torch.bool)
+    mask[-1, 1] = False
+    model(x, t, None, mask)
     h, residual, skip = residuals[0]
     h = block.skip_linear(torch.cat([h, skip], dim=-1)) if block.skip_linear else h
     torch.testing.assert_close(inputs[0][0], residual[0] + 2 * h[0])

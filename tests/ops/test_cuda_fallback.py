@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from dis_ssm.ops import cuda
+from dis_ssm.ops import cuda, nvrtc
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def gpu(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cuda, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.2")
     monkeypatch.setattr(cuda, "_largest_error", largest_error)
     cuda.missing.cache_clear()
@@ -102,5 +102,5 @@ def test_an_nvrtc_that_does_not_load_is_named(gpu, monkeypatch):
     def broken():
         raise CUDAError("libnvrtc-builtins.so not found")
 
-    monkeypatch.setattr(cuda, "_nvrtc_version", broken)
+    monkeypatch.setattr(nvrtc, "version", broken)
     assert "NVRTC does not load (CUDAError: libnvrtc-builtins.so not found)" in cuda.why_not()

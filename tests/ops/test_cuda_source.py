@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: NVRTC compiles them, and a host shim runs the same source.
 
-The shim (``tests/cuda_shim``) turns the threads of a block into fibres, so that indexing, shared
+The shim (`tests/ops/cuda_shim`) turns the threads of a block into fibres, so that indexing, shared
 memory, barriers and shuffles are the kernels' own; only the launch itself is replaced.
 """
 
@@ -16,8 +16,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dis_ssm.ops import bidirectional_selective_scan, cuda, selective_scan
-from dis_ssm.ops.conv import causal_conv1d_reference
+from dis_ssm.ops import (
+    BackendError,
+    bidirectional_selective_scan,
+    cuda,
+    nvrtc,
+    reference,
+    selective_scan,
+)
 from dis_ssm.ops.scan import scan_op
 from nvrtc_compile import conv_macros, resources, scan_macros
 
@@ -35,13 +41,13 @@ def missing(message):
 
 
 @pytest.fixture(scope="session")
-def nvrtc():
+def cuda_core():
     try:
         found = importlib.util.find_spec("cuda.core") is not None
     except ModuleNotFoundError:
         found = False
     if not found:
-        missing(f"cuda-core is not installed: {cuda.INSTALL}")
+        missing(f"cuda-core is not installed: {nvrtc.INSTALL}")
 
 
 @pytest.mark.parametrize(
@@ -49,10 +55,10 @@ def nvrtc():
     [(arch, torch.bfloat16) for arch in ARCHITECTURES]
     + [("sm_90", torch.float16), ("sm_90", torch.float32)],
 )
-def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
+def test_sixteen_states_compile_without_a_spill(cuda_core, arch, dtype):
     report = io.StringIO()
     macros = scan_macros(cuda.IO_TYPES[dtype])
-    cubin = cuda.compile_cubin("scan", arch, macros, report)
+    cubin = nvrtc.compile_cubin("scan", arch, macros, report)
     assert cubin[:4] == b"\x7fELF"
     found = resources(report.getvalue())
     forward = {"scan_forward", "scan_forward_both", "scan_forward_apart", "scan_combine"}
@@ -64,36 +70,36 @@ def test_sixteen_states_compile_without_a_spill(nvrtc, arch, dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_convolutions_compile_without_a_spill(nvrtc, arch):
+def test_convolutions_compile_without_a_spill(cuda_core, arch):
     for width in (1, 4):
         report = io.StringIO()
-        cuda.compile_cubin("conv", arch, conv_macros(2, width), report)
+        nvrtc.compile_cubin("conv", arch, conv_macros(2, width), report)
         found = resources(report.getvalue())
         assert set(found) == {"conv_forward", "conv_backward", "sum_partials"}
         assert all(spill == 0 for _, spill in found.values()), found
 
 
-def test_the_cubin_cache_survives_damage(nvrtc, tmp_path, monkeypatch):
+def test_the_cubin_cache_survives_damage(cuda_core, tmp_path, monkeypatch):
     monkeypatch.setenv("DIS_SSM_CACHE", str(tmp_path))
     compiled = []
-    compile_cubin = cuda.compile_cubin
-    monkeypatch.setattr(cuda, "compile_cubin", lambda *a: compiled.append(a) or compile_cubin(*a))
+    compile_cubin = nvrtc.compile_cubin
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda *a: compiled.append(a) or compile_cubin(*a))
     macros = conv_macros(2)
-    cubin = cuda.cached_cubin("conv", "sm_90", macros)
-    assert cuda.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 1
+    cubin = nvrtc.cached_cubin("conv", "sm_90", macros)
+    assert nvrtc.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 1
     (path,) = tmp_path.iterdir()
     data = path.read_bytes()
     path.write_bytes(data[:100] + b"?" + data[101:])
-    assert cuda.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 2
+    assert nvrtc.cached_cubin("conv", "sm_90", macros) == cubin and len(compiled) == 2
     assert path.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
-    cuda.cached_cubin("conv", "sm_80", macros)
-    cuda.cached_cubin("conv", "sm_90", conv_macros(1))
+    nvrtc.cached_cubin("conv", "sm_80", macros)
+    nvrtc.cached_cubin("conv", "sm_90", conv_macros(1))
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_broken_source_says_why(nvrtc):
-    with pytest.raises(cuda.BackendError, match=r"conv\.cu for sm_90.*error"):
-        cuda.compile_cubin("conv", "sm_90", conv_macros(2, "nothing"))
+def test_a_broken_source_says_why(cuda_core):
+    with pytest.raises(BackendError, match=r"conv\.cu for sm_90.*error"):
+        nvrtc.compile_cubin("conv", "sm_90", conv_macros(2, "nothing"))
 
 
 @pytest.mark.parametrize(
@@ -120,13 +126,13 @@ def libraries(tmp_path_factory):
     def build(source, macros):
         key = source, tuple(sorted(macros.items()))
         if key not in built:
-            text = (cuda.SOURCES / f"{source}.cu").read_text()
-            text += (cuda.SOURCES / "common.cuh").read_text()
+            text = (nvrtc.SOURCES / f"{source}.cu").read_text()
+            text += (nvrtc.SOURCES / "common.cuh").read_text()
             kernels = re.findall(r'extern "C" __global__ .*?(\w+)\(const __grid', text)
             path = folder / f"{source}{len(built)}.so"
             command = [
                 *f"{compiler} -std=c++17 -O1 -w -fPIC -shared -o {path} {SHIM}/driver.cpp".split(),
-                *(f"-I{cuda.SOURCES}", f'-DSOURCE="{source}.cu"'),
+                *(f"-I{nvrtc.SOURCES}", f'-DSOURCE="{source}.cu"'),
                 f"-DKERNELS={' '.join(f'X({k})' for k in kernels)}",
                 *(f"-D{name}={value}" for name, value in macros.items()),
             ]
@@ -161,7 +167,7 @@ def shim(libraries, monkeypatch):
         )
         assert problem is None, f"{name}: {problem.decode()}"
 
-    monkeypatch.setattr(cuda, "_launch", launch)
+    monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: state.shared_memory)
     monkeypatch.setattr(cuda, "_processors", lambda device: state.processors)
     state.shared_memory = 227 * 1024, 228 * 1024  # four warps a block in the backward pass
@@ -475,9 +481,9 @@ CONV_NAMES = ("x", "weight_f", "bias_f", "weight_b", "bias_b")
 
 def conv_truth(x, weight_f, bias_f=None, weight_b=None, bias_b=None, silu=True, reverse=False):
     activation = "silu" if silu else None
-    y = (causal_conv1d_reference(x, weight_f, bias_f, activation, reverse),)
+    y = (reference.causal_conv1d(x, weight_f, bias_f, activation, reverse),)
     if weight_b is not None:
-        y += (causal_conv1d_reference(x, weight_b, bias_b, activation, not reverse),)
+        y += (reference.causal_conv1d(x, weight_b, bias_b, activation, not reverse),)
     return y
 
 
@@ -555,3 +561,22 @@ def test_convolution_flips_adds_up_and_confines_nan(shim):
     assert y[1, 20:24, 4].isnan().all()
     y[1, 20:24, 4] = y_past[1, 20:24, 4]
     assert torch.equal(y, y_past)
+
+
+# ---- the self-check --------------------------------------------------------------------------
+
+
+def test_the_self_check_passes(shim):
+    assert cuda._largest_error("cpu") < 1e-5
+
+
+@pytest.mark.parametrize("name", ["scan_backward", "conv_backward", "conv_forward", "sum_partials"])
+def test_the_self_check_sees_a_kernel_that_writes_nothing(shim, monkeypatch, name):
+    launch = nvrtc.launch
+
+    def all_but_one(source, kernel, *rest):
+        if kernel != name:
+            launch(source, kernel, *rest)
+
+    monkeypatch.setattr(nvrtc, "launch", all_but_one)
+    assert not cuda._largest_error("cpu") < 1e-4

@@ -11,10 +11,11 @@ from dis_ssm.ops import (
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,
     causal_conv1d,
+    dispatch,
+    reference,
     selective_scan,
 )
-from dis_ssm.ops import dispatch as backend
-from dis_ssm.ops.norm import add_rms_norm, add_rms_norm_reference
+from dis_ssm.ops.norm import add_rms_norm
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_forced_kernel_refuses(native, ops, name):
 
 def test_a_kernel_is_not_tried_out_inside_a_transform(ops, monkeypatch):
     """Its self-test draws numbers, which vmap forbids, and its failure would be remembered."""
-    monkeypatch.setattr(backend, "_ready", lambda kernel: pytest.fail("tried out"))
+    monkeypatch.setattr(dispatch, "_ready", lambda kernel: pytest.fail("tried out"))
     function, x = as_function(*ops["scan"])
     vmap(function)(x[None])
 
@@ -127,7 +128,7 @@ def test_the_norm(native, transform):
     h, residual, weight = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5)
     found, expected = (
         TRANSFORMS[transform](lambda v, norm=norm: summed(norm(v, residual, weight)), h)
-        for norm in (add_rms_norm, add_rms_norm_reference)
+        for norm in (add_rms_norm, reference.add_rms_norm)
     )
     torch.testing.assert_close(found, expected)
     with forward_ad.dual_level():

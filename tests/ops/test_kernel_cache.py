@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_ssm.ops import kernel_cache as cache
+from dis_ssm.ops import kernel_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 STRANGER = 12345  # a user id that is neither ours nor root's
@@ -30,9 +30,9 @@ __attribute__((constructor)) static void run() { std::puts("POISONED"); std::ffl
 
 @pytest.fixture(autouse=True)
 def every_message(monkeypatch):
-    cache.say_once.cache_clear()
+    kernel_cache.say_once.cache_clear()
     yield
-    cache.say_once.cache_clear()
+    kernel_cache.say_once.cache_clear()
 
 
 @pytest.fixture
@@ -41,6 +41,11 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("DIS_SSM_CACHE", str(tmp_path / "named"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "named", tmp_path / "home" / "dis_ssm"
+
+
+def install(path, data):
+    with kernel_cache.draft(path) as unfinished:
+        unfinished.write_bytes(data)
 
 
 def start(*command, **environment):
@@ -70,7 +75,7 @@ def compiled(native, tmp_path_factory):
 def quick(compiled):
     """A compiler that takes no time: it has one answer."""
     answer, script = compiled.with_name("answer"), compiled.with_name("quick-c++")
-    answer.write_bytes(cache.read(compiled))
+    answer.write_bytes(kernel_cache.read(compiled))
     script.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; exec cp {answer} "$2"\n')
     script.chmod(0o755)
     return script
@@ -80,21 +85,21 @@ def quick(compiled):
 
 
 def test_what_is_installed_is_found_again(folders):
-    path, data = cache.find("a.bin")
+    path, data = kernel_cache.find("a.bin")
     assert path == folders[0] / "a.bin" and data is None
-    cache.install(path, b"code")
-    assert cache.find("a.bin") == (path, b"code") and cache.read(path) == b"code"
+    install(path, b"code")
+    assert kernel_cache.find("a.bin") == (path, b"code") and kernel_cache.read(path) == b"code"
     assert [p.name for p in folders[0].iterdir()] == ["a.bin"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
 def test_damage_is_not_used(folders, damage):
-    path, _ = cache.find("a.bin")
-    cache.install(path, b"code")
+    path, _ = kernel_cache.find("a.bin")
+    install(path, b"code")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"code", b"cide") if damage is None else damage)
-    assert cache.find("a.bin") == (path, None)
-    cache.install(path, b"code")
+    assert kernel_cache.find("a.bin") == (path, None)
+    install(path, b"code")
     assert path.read_bytes() == whole
 
 
@@ -104,31 +109,31 @@ def test_damage_is_not_used(folders, damage):
 def test_modes_follow_the_umask_but_never_let_others_write(folders, umask, mode):
     old = os.umask(umask)
     try:
-        path, _ = cache.find("a.bin")
-        cache.install(path, b"code")
+        path, _ = kernel_cache.find("a.bin")
+        install(path, b"code")
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == mode
     assert not path.parent.stat().st_mode & 0o022
-    assert cache.read(path) == b"code"
+    assert kernel_cache.read(path) == b"code"
 
 
 def test_a_failed_draft_leaves_nothing(folders):
-    path, _ = cache.find("a.bin")
-    with pytest.raises(RuntimeError), cache.draft(path) as unfinished:
+    path, _ = kernel_cache.find("a.bin")
+    with pytest.raises(RuntimeError), kernel_cache.draft(path) as unfinished:
         unfinished.write_bytes(b"half")
         raise RuntimeError
     assert not list(folders[0].iterdir())
 
 
 def test_drafts_of_killed_processes_are_removed(folders):
-    path, _ = cache.find("a.bin")
-    old, new = (path.with_name(f"{cache.DRAFT}{i}-ab.so") for i in (1, 2))
+    path, _ = kernel_cache.find("a.bin")
+    old, new = (path.with_name(f"{kernel_cache.DRAFT}{i}-ab.so") for i in (1, 2))
     for draft in (old, new):
         draft.write_bytes(b"half")
-    before = time.time() - cache.DRAFT_LIFE - 9
+    before = time.time() - kernel_cache.DRAFT_LIFE - 9
     os.utime(old, (before, before))
-    cache.find("a.bin")
+    kernel_cache.find("a.bin")
     assert not old.exists() and new.exists()
 
 
@@ -145,10 +150,74 @@ def test_a_kill_during_compilation_leaves_what_the_next_process_removes(quick, t
     process.kill()
     process.communicate()
     (left,) = folder.iterdir()
-    old = time.time() - cache.DRAFT_LIFE - 9
+    old = time.time() - kernel_cache.DRAFT_LIFE - 9
     os.utime(left, (old, old))
     assert use(CXX=quick, DIS_SSM_CACHE=folder)[0] == RESULT
     assert not left.exists() and len(list(folder.iterdir())) == 1
+
+
+# ---- compiled once -------------------------------------------------------------------------
+
+
+def obtain(log, code=b"code", refused=(), name="a.bin"):
+    def make(path):
+        log.append(path.parent)
+        path.write_bytes(code)
+
+    def load(path, data):
+        if data in refused:
+            raise OSError("another architecture")
+        return data
+
+    return kernel_cache.obtain(name, make, load)
+
+
+def test_kernels_are_compiled_once(folders):
+    log = []
+    assert obtain(log) == obtain(log, b"other") == b"code"
+    assert log == [folders[0]] and [p.name for p in folders[0].iterdir()] == ["a.bin"]
+
+
+def test_kept_kernels_that_do_not_load_are_compiled_anew(folders, caplog):
+    obtain([])
+    assert obtain([], b"new", refused=[b"code"]) == obtain([]) == b"new"
+    (record,) = caplog.records
+    assert "a.bin does not load (another architecture)" in record.message
+
+
+def test_a_full_disk_costs_the_cache_but_not_the_kernels(folders, monkeypatch, caplog):
+    replace = os.replace
+
+    def full(source, target):
+        if target.parent in folders:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    log = []
+    assert obtain(log, name="full.bin") == b"code"
+    assert log[0] == folders[0] and log[1] not in folders
+    assert not list(folders[0].iterdir())
+    (record,) = caplog.records
+    assert "not kept" in record.message and "No space left" in record.message
+
+
+def test_without_any_disk_the_remedy_is_named(folders, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(kernel_cache.BackendError, match=r"No space left.*set DIS_SSM_CACHE"):
+        obtain([])
+
+
+def test_what_the_compiler_raises_is_passed_on(folders):
+    def make(path):
+        raise kernel_cache.BackendError("no compiler")
+
+    with pytest.raises(kernel_cache.BackendError, match=r"^no compiler$"):
+        kernel_cache.obtain("a.bin", make, lambda path, data: data)
+    assert not list(folders[0].iterdir())
 
 
 # ---- whose --------------------------------------------------------------------------------
@@ -157,14 +226,14 @@ def test_a_kill_during_compilation_leaves_what_the_next_process_removes(quick, t
 def test_a_folder_that_others_can_write_is_passed_over(folders, caplog):
     named, own = folders
     named.mkdir()
-    cache.install(named / "a.bin", b"poison")
+    install(named / "a.bin", b"poison")
     named.chmod(0o777)
-    assert cache.find("a.bin") == (own / "a.bin", None)
+    assert kernel_cache.find("a.bin") == (own / "a.bin", None)
     (record,) = caplog.records
     assert str(named) in record.message and "chmod go-w" in record.message
-    assert str(named) in cache.report() and str(own) in cache.report()
+    assert str(named) in kernel_cache.report() and str(own) in kernel_cache.report()
     named.chmod(0o755)
-    assert cache.find("a.bin") == (named / "a.bin", b"poison")
+    assert kernel_cache.find("a.bin") == (named / "a.bin", b"poison")
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
@@ -173,7 +242,7 @@ def test_a_folder_that_lies_in_one_that_others_can_write(folders, tmp_path, monk
     (tmp_path / "open" / "cache").mkdir(parents=True)
     (tmp_path / "open").chmod(mode)
     monkeypatch.setenv("DIS_SSM_CACHE", str(tmp_path / "open" / "cache"))
-    path, _ = cache.find("a.bin")
+    path, _ = kernel_cache.find("a.bin")
     sticky = mode == 0o1777
     assert path.parent == (tmp_path / "open" / "cache" if sticky else folders[1])
 
@@ -181,69 +250,69 @@ def test_a_folder_that_lies_in_one_that_others_can_write(folders, tmp_path, monk
 def test_a_sticky_folder_is_no_cache_itself(folders):
     folders[0].mkdir()
     folders[0].chmod(0o1777)
-    assert cache.find("a.bin")[0].parent == folders[1]
+    assert kernel_cache.find("a.bin")[0].parent == folders[1]
 
 
 def test_without_a_trusted_folder_there_is_a_private_one(folders, caplog):
     for folder in folders:
         folder.mkdir(parents=True)
         folder.chmod(0o777)
-    path, data = cache.find("a.bin")
+    path, data = kernel_cache.find("a.bin")
     assert data is None and path.parent not in folders
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert len(caplog.records) == 2 and "life of a process" in cache.report()
+    assert len(caplog.records) == 2 and "life of a process" in kernel_cache.report()
 
 
 def test_a_file_that_others_can_write_is_not_read(folders, caplog):
-    path, _ = cache.find("a.bin")
-    cache.install(path, b"poison")
+    path, _ = kernel_cache.find("a.bin")
+    install(path, b"poison")
     path.chmod(0o664)
-    assert cache.find("a.bin") == (path, None)
+    assert kernel_cache.find("a.bin") == (path, None)
     (record,) = caplog.records
     assert str(path) in record.message and "compiled anew" in record.message
 
 
 def test_links_pipes_and_folders_are_not_read(folders):
-    path, _ = cache.find("a.bin")
-    cache.install(path.with_name("b.bin"), b"code")
+    path, _ = kernel_cache.find("a.bin")
+    install(path.with_name("b.bin"), b"code")
     path.symlink_to("b.bin")
-    assert cache.read(path) is None
+    assert kernel_cache.read(path) is None
     path.unlink()
     os.mkfifo(path)
-    assert cache.read(path) is None
+    assert kernel_cache.read(path) is None
     path.unlink()
     path.mkdir()
-    assert cache.read(path) is None
+    assert kernel_cache.read(path) is None
 
 
 def test_a_link_to_a_folder_is_judged_by_what_it_leads_to(folders, tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     folders[0].symlink_to(tmp_path / "open")
-    assert cache.find("a.bin")[0].parent == folders[1]
+    assert kernel_cache.find("a.bin")[0].parent == folders[1]
     (tmp_path / "open").chmod(0o755)
-    assert cache.find("a.bin")[0].parent == tmp_path / "open"
+    assert kernel_cache.find("a.bin")[0].parent == tmp_path / "open"
 
 
 def test_another_user_s_files_are_not_ours(folders, monkeypatch):
     """The same files, seen by somebody else; root's are everybody's."""
-    path, _ = cache.find("a.bin")
-    cache.install(path, b"code")
+    path, _ = kernel_cache.find("a.bin")
+    install(path, b"code")
     owner = path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
-    assert (cache.read(path) == b"code") == (owner == 0)
+    assert (kernel_cache.read(path) == b"code") == (owner == 0)
     if owner:
-        assert cache.find("a.bin")[0].parent not in folders
+        assert kernel_cache.find("a.bin")[0].parent not in folders
 
 
 @needs_root
 @pytest.mark.parametrize("what", ["file", "folder", "parent"])
 def test_root_does_not_trust_a_user_s_files(folders, what):
     named = folders[0]
-    path, _ = cache.find("a.bin")
-    cache.install(path, b"poison")
+    path, _ = kernel_cache.find("a.bin")
+    install(path, b"poison")
     os.chown({"file": path, "folder": named, "parent": named.parent}[what], STRANGER, -1)
-    found, data = cache.find("a.bin")
+    found, data = kernel_cache.find("a.bin")
     assert data is None
     if what != "file":
         assert found.parent != named
@@ -257,7 +326,7 @@ def poisoned(compiled, tmp_path_factory):
     compiler = os.environ.get("CXX", "c++")
     command = f"{compiler} -shared -fPIC {folder}/poison.cpp -o {folder}/poison.so"
     subprocess.run(command.split(), check=True)
-    cache.install(folder / compiled.name, (folder / "poison.so").read_bytes())
+    install(folder / compiled.name, (folder / "poison.so").read_bytes())
     return compiled.name, (folder / compiled.name).read_bytes()
 
 
@@ -284,7 +353,7 @@ def test_a_poisoned_library_is_not_run(poisoned, quick, how, folders):
 def test_a_library_that_does_not_load_is_compiled_anew(compiled, quick, folders):
     """Whole and ours, but of another machine."""
     folders[0].mkdir()
-    cache.install(folders[0] / compiled.name, b"\x7fELF of another architecture")
+    install(folders[0] / compiled.name, b"\x7fELF of another architecture")
     out, err = use(CXX=quick)
     assert out == RESULT and len(err.splitlines()) == 1 and "does not load" in err
     assert use() == (RESULT, "")
@@ -313,11 +382,11 @@ def test_a_failed_compiler_is_forgotten_when_another_is_set(quick, folders, comp
 
 IN_ONE_PROCESS = """
 import os
-from dis_ssm.ops import cpu as native
+from dis_ssm.ops import cpu
 os.environ["CXX"] = "true"
-first, again = native.why_not(), native.why_not()
+first, again = cpu.why_not(), cpu.why_not()
 os.environ["CXX"] = os.environ["QUICK"]
-print("true" in first and first is again, native.why_not())
+print("true" in first and first is again, cpu.why_not())
 """
 
 

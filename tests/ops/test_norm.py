@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from dis_ssm.ops import cpu as kernels
-from dis_ssm.ops.norm import add_rms_norm, add_rms_norm_reference, norm_op
+from dis_ssm.ops import cpu, reference
+from dis_ssm.ops.norm import add_rms_norm, norm_op
 
 
 def make(shape, residual=True, dtype=torch.float32):
@@ -31,7 +31,7 @@ def run(function, inputs, grads, dtype=None):
 def test_values_and_gradients(native, shape, residual):
     inputs = make(shape, residual)
     grads = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
-    exact = run(add_rms_norm_reference, inputs, grads, torch.float64)
+    exact = run(reference.add_rms_norm, inputs, grads, torch.float64)
     found = run(add_rms_norm, inputs, grads)
     assert len(found) == (5 if residual else 4)
     for value, truth in zip(found, exact, strict=True):
@@ -49,7 +49,7 @@ def test_the_kernel_is_what_runs(native):
 def test_one_of_the_outputs_may_go_unused(native, used):
     inputs = make((6, 24))
     found, exact = [], []
-    for function, to in ((add_rms_norm, found), (add_rms_norm_reference, exact)):
+    for function, to in ((add_rms_norm, found), (reference.add_rms_norm, exact)):
         leaves = [t.clone().requires_grad_() for t in inputs]
         function(*leaves)[used].square().sum().backward()
         to += [leaf.grad for leaf in leaves]
@@ -64,7 +64,7 @@ def test_half_precision_input_keeps_a_wide_stream(native):
     h, residual, weight = make((8, 40), dtype=torch.bfloat16)
     grads = [torch.randn(8, 40) for _ in range(2)]
     found = run(add_rms_norm, (h, residual, weight), grads)
-    exact = run(add_rms_norm_reference, (h.double(), residual, weight), grads, torch.float64)
+    exact = run(reference.add_rms_norm, (h.double(), residual, weight), grads, torch.float64)
     assert [v.dtype for v in found[:2]] == [torch.float32] * 2 and found[2].dtype == torch.bfloat16
     torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[2].double(), exact[2], rtol=8e-3, atol=8e-3)
@@ -85,7 +85,7 @@ def test_bits_do_not_depend_on_threads_or_strides(native):
 def test_double_precision_and_transforms_take_the_reference(native):
     inputs = [t.double() for t in make((2, 9))]
     assert all(torch.equal(a, b) for a, b in zip(
-        add_rms_norm(*inputs), add_rms_norm_reference(*inputs), strict=True
+        add_rms_norm(*inputs), reference.add_rms_norm(*inputs), strict=True
     ))  # fmt: skip
     h, residual, weight = make((4, 5, 8))
     mapped = torch.func.vmap(lambda a, b: add_rms_norm(a, b, weight)[0])(h, residual)
@@ -114,7 +114,7 @@ def test_the_op_keeps_its_contract(native):
 
 def test_memory_that_ran_out_is_an_error(native, monkeypatch):
     failing = types.SimpleNamespace(dis_ssm_norm_forward=lambda arguments, threads: 1)
-    monkeypatch.setattr(kernels, "library", lambda: failing)
+    monkeypatch.setattr(cpu, "library", lambda: failing)
     with pytest.raises(MemoryError, match="norm_forward"):
         add_rms_norm(*make((2, 8)))
 

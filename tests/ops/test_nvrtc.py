@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import nvrtc_compile
-from dis_ssm.ops.cuda import IO_TYPES, SOURCES
+from dis_ssm.ops.cuda import IO_TYPES
+from dis_ssm.ops.nvrtc import SOURCES
 from nvrtc_compile import conv_macros, scan_macros
 
 VERSIONS = [(12, 8), (13, 0)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_ssm.ops import cpu as kernels
+from dis_ssm.ops import cpu
 from dis_ssm.ops.conv import conv_backward_op, conv_op
 from dis_ssm.ops.norm import norm_backward_op, norm_op
 from dis_ssm.ops.scan import scan_backward_op, scan_op
@@ -23,8 +23,8 @@ import torch
 from dis_ssm import DiS
 from dis_ssm.models.mixer import BiMamba
 from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
-from dis_ssm.ops import causal_conv1d, selective_scan
-from dis_ssm.ops.norm import add_rms_norm, add_rms_norm_reference
+from dis_ssm.ops import causal_conv1d, reference, selective_scan
+from dis_ssm.ops.norm import add_rms_norm
 
 dtype, device = getattr(torch, sys.argv[1]), sys.argv[2]
 torch.set_num_threads(2)
@@ -74,7 +74,7 @@ def functions(backend):
         "both scans": both_scans(backend),
         "convolution": lambda *a: causal_conv1d(*a, backend=backend),
         "both convolutions": lambda x, *a: bidirectional_causal_conv1d(x, *a, backend=backend),
-        "norm": add_rms_norm if backend == "cpu" else add_rms_norm_reference,
+        "norm": add_rms_norm if backend == "cpu" else reference.add_rms_norm,
         "mixer": mixer(module),
     }
 
@@ -213,9 +213,9 @@ def test_pointers_are_made_of_dense_float32_memory_only():
     x = torch.randn(2, 3, 4)
     for bad in (x.double(), x.bfloat16(), x.to("meta"), x.mT):
         with pytest.raises(RuntimeError, match="float32"):
-            kernels.pointer(bad, bad.shape)
+            cpu.pointer(bad, bad.shape)
         with pytest.raises(RuntimeError, match="float32"):
-            kernels.rows(bad, bad.shape)
+            cpu.rows(bad, bad.shape)
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="freed"):
-        kernels.pointer(x, x.shape)
+        cpu.pointer(x, x.shape)

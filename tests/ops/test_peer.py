@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from dis_ssm.models.mixer import BiMamba
-from dis_ssm.ops import backend_report, bidirectional_selective_scan, causal_conv1d, selective_scan
-from dis_ssm.ops import mamba_ssm as peer
-from dis_ssm.ops.conv import causal_conv1d_reference
-from dis_ssm.ops.scan import selective_scan_reference
+from dis_ssm.ops import (
+    backend_report,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    mamba_ssm,
+    reference,
+    selective_scan,
+)
 
 
 def scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -18,12 +22,12 @@ def scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=F
     assert all(t.is_contiguous() and t.dtype == u.dtype for t in (u, delta, B, C))
     assert A.dtype is torch.float32
     args = [u.mT, delta.mT, A, B.mT, C.mT, D, None if z is None else z.mT, delta_bias]
-    return selective_scan_reference(*args, delta_softplus).mT
+    return reference.selective_scan(*args, delta_softplus).mT
 
 
 def conv_fn(x, weight, bias=None, activation=None):
     assert weight.dtype == x.dtype
-    return causal_conv1d_reference(x.mT, weight, bias, activation).mT
+    return reference.causal_conv1d(x.mT, weight, bias, activation).mT
 
 
 @pytest.fixture
@@ -36,9 +40,9 @@ def packages(monkeypatch):
     ops.selective_scan_interface = interface
     for module in (types.ModuleType("mamba_ssm"), ops, interface, convolution):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    peer.why_not.cache_clear()
+    mamba_ssm.why_not.cache_clear()
     yield
-    peer.why_not.cache_clear()
+    mamba_ssm.why_not.cache_clear()
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -77,10 +81,10 @@ def test_a_whole_mixer_when_forced(packages, monkeypatch, assert_close):
 
 def test_absent_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
-    peer.why_not.cache_clear()
+    mamba_ssm.why_not.cache_clear()
     x = torch.randn(1, 3, 2)
     with pytest.raises(RuntimeError, match=r"'mamba_ssm' cannot run: .*causal_conv1d"):
         causal_conv1d(x, torch.randn(2, 4), backend="mamba_ssm")
     monkeypatch.setenv("DIS_SSM_BACKEND", "mamba_ssm")
     assert "is forced and cannot run" in backend_report()[0]
-    peer.why_not.cache_clear()
+    mamba_ssm.why_not.cache_clear()

@@ -25,6 +25,7 @@ FLOORS = (
     ("models", "data"),
     ("storage",),
     ("ops", "diffusion", "config"),
+    ("condition",),
     ("system",),
     ("version",),
 )
@@ -102,7 +103,7 @@ def test_no_arrow_runs_up():
     assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("rooms", [True], ids=["rooms"])
+@pytest.mark.parametrize("rooms", [False, True], ids=["modules", "rooms"])
 def test_no_circle(rooms):
     arrows = ARROWS
     if rooms:

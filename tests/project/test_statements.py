@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from dis_ssm.config import Config, ModelConfig
-from dis_ssm.encoders.decoding import decode
+from dis_ssm.encoders.decoding import Decoder
 from dis_ssm.encoders.encoding import encode
 from dis_ssm.encoders.vae import load_vae
-from dis_ssm.sampling.pipeline import Artist
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.system.extras import declare_torchvision_operators, how_to_install, require
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +51,12 @@ def test_the_snippet_about_latents_runs_as_written(vae, tmp_path):
     assert names["x"].shape == (3, 4, 8, 8) and names["x"].dtype == torch.float32
 
 
-def test_an_artist_knows_the_size_of_what_it_draws(vae):
+def test_a_pipeline_knows_the_size_of_what_it_draws(vae):
     config = Config(model=ModelConfig(in_channels=4, input_size=(4, 6)))
-    artist = Artist(torch.nn.Identity(), config, load_vae(vae), torch.device("cpu"), "float32")
-    assert artist.shape == tuple(decode(artist.vae, torch.zeros(1, 4, 4, 6)).shape[1:])
-    assert dataclasses.replace(artist, vae=None).shape == (4, 4, 6)
+    decoder = Decoder(latents=True, vae=load_vae(vae))
+    pipeline = Pipeline(torch.nn.Identity(), config, decoder, torch.device("cpu"))
+    assert pipeline.shape == tuple(decoder.decode(torch.zeros(1, 4, 4, 6)).shape[1:])
+    assert dataclasses.replace(pipeline, decoder=Decoder(latents=True)).shape == (4, 4, 6)
 
 
 def test_extras_are_installed_from_a_checkout():
@@ -94,3 +95,13 @@ def test_the_profiler_is_quiet():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_the_map_names_what_there_is():
+    text = (ROOT / "docs" / "map.md").read_text()
+    package = ROOT / "dis" / "dis_ssm"
+    named = re.findall(r"`([\w./]+(?:/|\.py|\.cu))`", text)
+    assert len(named) > 30
+    assert not [name for name in named if not any((top / name).exists() for top in (package, ROOT))]
+    rooms = {p.name for p in package.iterdir() if (p / "__init__.py").exists()}
+    assert not [room for room in rooms if f"`{room}/`" not in text]

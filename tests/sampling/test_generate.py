@@ -1,5 +1,6 @@
 """Sets of samples: the same whatever the processes and interruptions, and recorded."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,11 +16,11 @@ from PIL import Image
 
 from dis_ssm.build import build_model
 from dis_ssm.cli import main
-from dis_ssm.config import Config, DiffusionConfig, ModelConfig, SampleConfig
-from dis_ssm.sampling.pipeline import Artist
-from dis_ssm.sampling.sets import draw_labels, generate
+from dis_ssm.config import Config, DiffusionConfig, ModelConfig, SampleConfig, sample_settings
+from dis_ssm.encoders.decoding import Decoder
+from dis_ssm.sampling.pipeline import Pipeline, open_pipeline
+from dis_ssm.sampling.sets import SamplePlan, draw_grid, draw_labels, draw_set, plan_samples
 from dis_ssm.storage.checkpoint import save_checkpoint
-from dis_ssm.system.distributed import ALONE
 from dis_ssm.system.locks import locked
 
 CONFIG = Config(
@@ -96,11 +97,11 @@ SLOWLY = """
 import sys, time
 from dis_ssm.cli import main
 from dis_ssm.sampling import pipeline
-draw = pipeline.Artist.draw
+draw = pipeline.Pipeline.draw
 def slowly(self, *arguments, **options):
     time.sleep(0.3)
     return draw(self, *arguments, **options)
-pipeline.Artist.draw = slowly
+pipeline.Pipeline.draw = slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -120,17 +121,81 @@ def test_a_killed_set_is_finished_without_drawing_again(run, tmp_path, monkeypat
     kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*.npy")}
     assert not out.exists() and 2 <= len(kept) < 5
     assert main([*arguments, "--seed", "3"]) == 2  # other settings
-    drawn, draw = [], Artist.draw
+    drawn, draw = [], Pipeline.draw
 
     def counted(self, indices, *rest, **options):
         drawn.append(indices.start // 4)
         return draw(self, indices, *rest, **options)
 
-    monkeypatch.setattr(Artist, "draw", counted)
+    monkeypatch.setattr(Pipeline, "draw", counted)
     finished = sample(run, out, "--num", 20)
     assert drawn == [k for k in range(5) if f"part-{k:06d}.npy" not in kept]
     assert all(np.array_equal(whole[name], finished[name]) for name in whole)
     assert not parts.exists()
+
+
+def test_a_notebook_draws_what_the_command_draws(run, tmp_path):
+    options = ["--num", 6, "--classes", 2, 0, "--labels", "random", "--cfg-scale", 2, "--png"]
+    sample(run, tmp_path / "command" / "set.npz", *options)
+    pipeline = open_pipeline(run, device="cpu")
+    settings = sample_settings(pipeline.config, num=6, cfg_scale=2.0)
+    plan = plan_samples(pipeline, settings, labels="random", classes=(2, 0), png=True)
+    out = tmp_path / "notebook" / "set.npz"
+    draw_set(pipeline, plan, out)
+    kept = [{p.name: p.read_bytes() for p in out.parent.rglob("*.*")}]
+    kept += [{p.name: p.read_bytes() for p in (tmp_path / "command").rglob("*.*")}]
+    assert kept[0] == kept[1] and len(kept[0]) == 8
+    grid = plan_samples(pipeline, settings)
+    draw_grid(pipeline, grid, tmp_path / "notebook.png")
+    command = ["sample", str(run), "--num", "6", "--cfg-scale", "2", "--out"]
+    assert main([*command, str(tmp_path / "command.png")]) == 0
+    records = [(tmp_path / f"{name}.png.json").read_text() for name in ("notebook", "command")]
+    assert records[0] == records[1]
+
+
+RECORD = """{"every": 5000, "num": 4, "sampler": "ddim", "steps": 3, "eta": 0.0, "cfg_scale": 1.5,
+"cfg_channels": null, "cfg_interval": [2.0, 30.0], "clip_denoised": false, "seed": 0,
+"batch_size": 4, "checkpoint_step": 7, "checkpoint": "CHECKPOINT", "run": "RUN", "weights": "ema",
+"labels": "balanced", "vae": null, "classes": [1], "precision": "float32", "png": false,
+"device": "cpu", "versions": VERSIONS, "bytes": 1}"""  # as 0.1.0 writes it
+
+
+def test_a_set_of_the_first_version_is_whole(run, tmp_path):
+    """A record with the keys and values of 0.1.0, which had no digest, is that of the same plan."""
+    pipeline = open_pipeline(run, device="cpu")
+    drawing = {"num": 4, "cfg_scale": 1.5, "cfg_interval": (2, 30), "batch_size": 9}
+    plan = plan_samples(pipeline, sample_settings(CONFIG, **drawing), classes=[1])
+    text = RECORD.replace("CHECKPOINT", plan.checkpoint).replace("RUN", str(run))
+    record = json.loads(text.replace("VERSIONS", json.dumps(plan.versions)))
+    out = tmp_path / "set.npz"
+    out.write_bytes(b"x")
+    out.with_suffix(".json").write_text(json.dumps(record))
+    draw_set(pipeline, plan, out)
+    assert out.read_bytes() == b"x"
+    draw_set(pipeline, dataclasses.replace(plan, labels="random"), out)
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert list(written) == [*record, "sha256"]
+    changed = {key for key in record if written[key] != record[key]}
+    assert changed == {"labels", "bytes"}
+
+
+def test_plans_that_cannot_be_drawn_are_refused(run, tmp_path):
+    pipeline = open_pipeline(run, device="cpu")
+    settings = sample_settings(CONFIG, num=4)
+    with pytest.raises(ValueError, match="classes 0 to 2: 3"):
+        plan_samples(pipeline, settings, classes=[3])
+    with pytest.raises(ValueError, match="use a pipeline of open_pipeline"):
+        plan_samples(dataclasses.replace(pipeline, origin=None), settings)
+    latents = dataclasses.replace(pipeline, decoder=Decoder(latents=True))
+    with pytest.raises(ValueError, match=r"draws latents.*give vae"):
+        plan_samples(latents, settings, png=True)
+    out = tmp_path / "grid.png"
+    with pytest.raises(ValueError, match="cannot show latents"):
+        draw_grid(latents, plan_samples(latents, settings), out)
+    for options in ({"png": True}, {"labels": "random"}):
+        with pytest.raises(ValueError, match="is a grid"):
+            draw_grid(pipeline, plan_samples(pipeline, settings, **options), out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_settings_are_named_when_parts_are_refused(run, tmp_path, capsys):
@@ -204,14 +269,17 @@ def test_random_labels_are_uniform_fixed_and_a_prefix_of_more():
 
 
 def test_a_failed_batch_leaves_the_others(tmp_path):
-    def draw(indices, labels):
-        if 2 in indices:
-            raise OSError("no space left on device")
-        return torch.zeros(len(indices), 1, 2, 2, dtype=torch.uint8)
+    class Failing:
+        num_classes = 0
 
-    out = tmp_path / "set.npz"
+        def draw(self, indices, y, settings):
+            if 2 in indices:
+                raise OSError("no space left on device")
+            return torch.zeros(len(indices), 1, 2, 2, dtype=torch.uint8)
+
+    out, plan = tmp_path / "set.npz", SamplePlan(SampleConfig(num=4, batch_size=2), 1, "a", "run")
     with pytest.raises(OSError, match="no space"):
-        generate(draw, None, 4, 2, out, {}, ALONE)
+        draw_set(Failing(), plan, out)
     assert not out.exists() and (tmp_path / "set.parts" / "part-000000.npy").exists()
 
 

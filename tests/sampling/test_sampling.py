@@ -15,9 +15,10 @@ import torch
 import dis_ssm
 from dis_ssm import DiS
 from dis_ssm.diffusion.gaussian import PREDICTIONS, Diffusion
-from dis_ssm.diffusion.guidance import guide
-from dis_ssm.sampling.samplers import ddim_invert, guided, interpolate, respaced, sample
+from dis_ssm.diffusion.guidance import guide, guided
+from dis_ssm.sampling.samplers import ddim_invert, interpolate, sample
 from dis_ssm.sampling.seeds import _image_seed, image_generators, image_noise
+from dis_ssm.sampling.steps import respaced
 from helpers import MU, SCALE, GaussianDenoiser, LabelModel, normal, seeded
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dis_ssm.diffusion.gaussian import Diffusion
-from dis_ssm.sampling.samplers import respaced, sample
+from dis_ssm.sampling.samplers import sample
 from dis_ssm.sampling.seeds import image_generators
+from dis_ssm.sampling.steps import respaced
 from helpers import MU, SCALE, GaussianDenoiser, LabelModel, normal, seeded
 
 

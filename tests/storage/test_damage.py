@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dis_ssm.sampling.sets import _part, generate
+from dis_ssm.config import SampleConfig
+from dis_ssm.sampling.sets import SamplePlan, _part, draw_set
 from dis_ssm.storage.checkpoint import COMPLETE, STATE, CheckpointError, locate, read_state
-from dis_ssm.system.distributed import ALONE
 from dis_ssm.training.log import truncate_log
 
 
@@ -68,20 +68,31 @@ def test_damage_inside_a_log_costs_that_line_and_is_said(tmp_path):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3, 4]
 
 
-def draw(indices, labels=None):
-    draw.calls += 1
-    return torch.stack([torch.full((1, 2, 2), i, dtype=torch.uint8) for i in indices])
+class Painted:
+    """Draws image i in the grey i."""
+
+    num_classes = 0
+
+    def __init__(self, killed_at=None):
+        self.calls, self.killed_at = 0, killed_at
+
+    def draw(self, indices, y, settings):
+        if indices[0] == self.killed_at:
+            raise Killed
+        self.calls += 1
+        return torch.stack([torch.full((1, 2, 2), i, dtype=torch.uint8) for i in indices])
 
 
 class Killed(Exception):
     pass
 
 
-def make(out, drawing=draw):
-    draw.calls = 0
-    generate(drawing, None, 6, 2, out, {"seed": 0}, ALONE)
+def make(out, killed_at=None):
+    """The greys of a set and how many batches were drawn for it."""
+    drawing = Painted(killed_at)
+    draw_set(drawing, SamplePlan(SampleConfig(num=6, batch_size=2), 1, "abc", "run"), out)
     with np.load(out) as arrays:
-        return arrays["arr_0"][:, 0, 0, 0].tolist()
+        return arrays["arr_0"][:, 0, 0, 0].tolist(), drawing.calls
 
 
 def flip(path, at):
@@ -93,27 +104,20 @@ def flip(path, at):
 def test_a_damaged_part_of_an_interrupted_set_is_drawn_again(tmp_path):
     out = tmp_path / "set.npz"
 
-    def killed(indices, labels=None):
-        if indices[0] == 4:
-            raise Killed
-        return draw(indices)
-
     with pytest.raises(Killed):
-        make(out, killed)
+        make(out, killed_at=4)
     flip(_part(out.with_suffix(".parts"), 0), -40)
     with pytest.warns(UserWarning, match=r"part-000000\.npy is damaged"):
-        assert make(out) == list(range(6))
-    assert draw.calls == 2
+        assert make(out) == (list(range(6)), 2)
 
 
 def test_a_set_that_was_altered_is_drawn_again(tmp_path):
     out = tmp_path / "set.npz"
-    assert make(out) == list(range(6)) and draw.calls == 3
-    assert make(out) == list(range(6)) and draw.calls == 0
+    assert make(out) == (list(range(6)), 3)
+    assert make(out) == (list(range(6)), 0)
     flip(out, out.stat().st_size // 2)
     with pytest.warns(UserWarning, match="altered since it was drawn"):
-        assert make(out) == list(range(6))
-    assert draw.calls == 3
+        assert make(out) == (list(range(6)), 3)
 
 
 def test_a_set_of_the_first_version_has_no_digest_and_is_whole(tmp_path):
@@ -123,5 +127,4 @@ def test_a_set_of_the_first_version_has_no_digest_and_is_whole(tmp_path):
     found = json.loads(record.read_text())
     found.pop("sha256")
     record.write_text(json.dumps(found))
-    make(out)
-    assert draw.calls == 0
+    assert make(out) == (list(range(6)), 0)

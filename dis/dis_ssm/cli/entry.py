@@ -21,7 +21,7 @@ from dis_ssm.cli.sample import sample
 from dis_ssm.cli.score import score
 from dis_ssm.cli.train import INTERRUPTED, base_of, train_command
 from dis_ssm.config import Config
-from dis_ssm.ops.cpu import BackendError
+from dis_ssm.ops import BackendError
 from dis_ssm.system.distributed import RankError
 from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.version import __version__

@@ -1,7 +1,6 @@
 """dis-ssm sample"""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +8,9 @@ from tyro.conf import Positional, arg
 
 from dis_ssm.cli.messages import print_warning
 from dis_ssm.config import MOST_IMAGES, sample_settings
-from dis_ssm.storage.checkpoint import identity, locate, read_state
 from dis_ssm.storage.classes import class_labels, class_names
 from dis_ssm.system.distributed import join_world
 from dis_ssm.system.files import check_writable
-from dis_ssm.system.machine import versions
 
 NUM = 100  # images, unless asked for more or fewer
 LARGEST_GRID = 1000  # images
@@ -66,32 +63,28 @@ def sample(
         out: NAME.png or NAME.npz; by default in the run's samples folder, named after the step and
             these options, a grid up to 1000 images.
     """
-    from dis_ssm.sampling.draw import samples_name
     from dis_ssm.sampling.grids import check_format
-    from dis_ssm.sampling.pipeline import open_artist
-    from dis_ssm.sampling.sets import draw_grid, draw_labels, generate
+    from dis_ssm.sampling.pipeline import open_pipeline
+    from dis_ssm.sampling.sets import draw_grid, draw_set, plan_samples
 
     if out:
         check_format(out)
     with join_world(device) as world:
-        with world.together():
-            found = locate(run)
-        folder, checkpoint = world.gather(found)[0]  # one for all, should the run be in training
-        artist = open_artist(
-            checkpoint,
+        pipeline = open_pipeline(
+            run,
             weights=weights,
             vae=vae,
-            device=world.device,
             precision=precision,
             compiled=compile,
+            world=world,
         )
-        config = artist.config
-        if out and out.suffix == ".png" and not artist.visible:
+        config, folder = pipeline.config, pipeline.origin.run
+        if out and out.suffix == ".png" and not pipeline.visible:
             raise ValueError(
                 f"{run} draws latents of {config.model.in_channels} channels, and showing them "
                 f"needs a VAE: give --vae a folder or hub id, or --out a name that ends in .npz"
             )
-        if not artist.visible and vae is None and world.main:
+        if not pipeline.visible and vae is None and world.main:
             print_warning(
                 f"{run} draws latents and no VAE is at hand, so they are written as they are: give "
                 f"--vae a folder or hub id for images, or --vae none if this is meant"
@@ -110,34 +103,25 @@ def sample(
         known = range(config.model.num_classes)
         chosen = class_labels(classes, class_names(folder), len(known))
         num = _count(num, per_class, len(chosen or known))
-        settings, step = dataclasses.replace(settings, num=num), read_state(checkpoint)["step"]
+        if png and not pipeline.visible:
+            raise ValueError(f"--png: {run} draws latents, and showing them needs --vae")
+        settings = dataclasses.replace(settings, num=num)
+        plan = plan_samples(pipeline, settings, labels=labels, classes=chosen, png=png)
         if out is None:
-            name = samples_name(step, settings, weights, chosen)
-            name += "-random" * (labels == "random") + "-bf16" * (precision == "bf16")
-            is_grid = artist.visible and num <= LARGEST_GRID and world.size == 1 and not png
-            out = folder / "samples" / (name + (".png" if is_grid else ".npz"))
+            is_grid = pipeline.visible and num <= LARGEST_GRID and world.size == 1 and not png
+            out = folder / "samples" / (plan.name + (".png" if is_grid else ".npz"))
             if len(out.name) > LONGEST_NAME:
                 raise ValueError(f"{len(classes)} classes are too many for a file name: give --out")
         check_writable(out)
-        plan = dataclasses.asdict(settings) | {"checkpoint_step": step}
-        plan |= {"checkpoint": identity(checkpoint)}
-        plan |= {"run": str(folder), "weights": weights, "labels": labels, "vae": vae}
-        plan |= {"classes": list(chosen), "precision": precision, "png": png}
-        plan |= {"device": world.device.type, "versions": versions()}
         if out.suffix == ".png":
             if world.size > 1 or labels == "random" or png:
                 raise ValueError(
                     f"{out} is a grid, drawn by one process with a class a column: give --out a "
                     f"name that ends in .npz for a set"
                 )
-            draw_grid(artist, list(chosen or known), settings, out, plan)
+            draw_grid(pipeline, plan, out)
         else:
-            if png and not artist.visible:
-                raise ValueError(f"--png: {run} draws latents, and showing them needs --vae")
-            drawn = draw_labels(num, chosen or known, labels, settings.seed)
-            plan["batch_size"] = size = min(settings.batch_size, num)
-            draw = functools.partial(artist.draw, settings=settings)
-            generate(draw, drawn, num, size, out, plan, world, png)
+            draw_set(pipeline, plan, out, world)
         if world.main:
             print(out)
     return 0

@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from dis_ssm.costs.operations import PARTS, Size, count, sketch
-from dis_ssm.models.dis import DiS_models
 from dis_ssm.models.dit import dit
 from dis_ssm.models.peers import DIT, PATCHES, PEERS, build
+from dis_ssm.models.presets import DiS_models
 from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
 
 Quadratic = tuple[int, int, int]  # a, b, c of a + b J + c J²

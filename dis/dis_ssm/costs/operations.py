@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dis_ssm.build import build_model
 from dis_ssm.config import Config
+from dis_ssm.costs.formulas import register_formulas
 from dis_ssm.models.mixer import BiMamba, FusedMixer
 from dis_ssm.system.distributed import World
 
@@ -40,14 +41,20 @@ def forward_flops(config: Config) -> dict[str, int]:
 
     Counted by PyTorch on tensors without storage, each operator by its formula: matrix products
     and convolutions as PyTorch counts them, our scans and depthwise convolutions as
-    `dis_ssm.ops` registers them. Elementwise operations are left out, as everywhere.
+    `dis_ssm.costs.formulas` states. Elementwise operations are left out, as everywhere.
     """
     with torch.device("meta"):
         model = count_kernels(build_model(config)).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(*_inputs(config, "meta", 1))
     counts = counter.get_flop_counts()["Global"]
     return {str(operator): count for operator, count in counts.items()}
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which knows the package's operators too; it prints nothing."""
+    register_formulas()
+    return FlopCounterMode(display=False)
 
 
 def count_kernels(model: nn.Module) -> nn.Module:
@@ -60,8 +67,7 @@ def count_kernels(model: nn.Module) -> nn.Module:
 
 
 def _fused(mixer: BiMamba, h: Tensor) -> Tensor:
-    f, b = mixer.forward_scan.tensors(), mixer.backward_scan.tensors()
-    return FusedMixer.apply(h, mixer.in_proj.weight, *f, *b, mixer.out_proj.weight, False)
+    return FusedMixer.apply(h, *mixer.tensors().flat(), False)
 
 
 def training_flops(config: Config) -> int:
@@ -100,11 +106,11 @@ def training_memory(config: Config) -> tuple[int, int]:
     return state + 2 * one - two, two - one
 
 
-def peak_flops(config: Config, world: World) -> float | None:
-    """Peak FLOP/s of all devices together at the precision of the config; None if not known."""
+def peak_flops(precision: str, world: World) -> float | None:
+    """Peak FLOP/s of all devices together at `precision`, a key of `PEAKS`; None if not known."""
     if world.device.type != "cuda":
         return None
-    name, precision = torch.cuda.get_device_name(world.device), config.train.precision
+    name = torch.cuda.get_device_name(world.device)
     found = next((peak[precision] for key, peak in PEAKS.items() if key in name), None)
     return found and found * world.size
 
@@ -133,7 +139,7 @@ def multiply_adds(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> d
     embedders = blocks[0].norm1.emb if peer else None
     for i, block in enumerate(blocks):
         blocks[i] = _Once(block, known, spent)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         _run_dit(model, embedders, x, t, y) if peer else model(x, t, y)
     everything = _by_part(counter)
     spent["rest"] = everything["blocks"] - sum(
@@ -153,7 +159,7 @@ class _Once(nn.Module):
     def forward(self, *arguments, **options):
         shapes = tuple(p.shape for p in self.block.parameters())
         if shapes not in self.known:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 out = self.block(*arguments, **options)
             self.known[shapes] = out, _by_part(counter, f"{type(self.block).__name__}.skip_linear")
         out, cost = self.known[shapes]

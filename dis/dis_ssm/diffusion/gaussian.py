@@ -8,8 +8,8 @@ at fewer steps, its β is 1 - a_t / a_s, and no second table exists. Coefficient
 float64 and cast to the data's precision where they meet it.
 
 Models are plain callables `model(x, t, y)`, always of three arguments: x (B, C, ...), t (B,) int64,
-y (B,), (B, cond_dim) or None. They return C channels, or 2C with a learned variance: the
-prediction, then the variance.
+y (B,), (B, cond_dim), a Condition or None. They return C channels, or 2C with a learned variance:
+the prediction, then the variance.
 """
 
 import math
@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dis_ssm.condition import Conditioning
 from dis_ssm.diffusion.likelihood import (
     VariationalBound,
-    _strata,
     discretized_gaussian_log_likelihood,
     normal_kl,
+    strata,
 )
 from dis_ssm.diffusion.process import (
     Generators,
@@ -75,16 +76,16 @@ class Diffusion:
     alpha_bar: Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
-        _choose("prediction", self.prediction, PREDICTIONS)
-        _choose("variance", self.variance, ("fixed_small", "fixed_large"))
-        _choose("loss_weighting", self.loss_weighting, ("none", "epsilon", "elbo"))
+        _check_choice("prediction", self.prediction, PREDICTIONS)
+        _check_choice("variance", self.variance, ("fixed_small", "fixed_large"))
+        _check_choice("loss_weighting", self.loss_weighting, ("none", "epsilon", "elbo"))
         if isinstance(self.schedule, Tensor):
             self.betas = self.schedule.detach().to("cpu", torch.float64)
             if self.betas.ndim != 1 or not len(self.betas):
                 raise ValueError(f"betas must be a 1-D tensor, got shape {tuple(self.betas.shape)}")
             self.num_steps = len(self.betas)
         else:
-            _choose("schedule", self.schedule, tuple(SCHEDULES))
+            _check_choice("schedule", self.schedule, tuple(SCHEDULES))
             if self.num_steps < 1:
                 raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
             self.betas = SCHEDULES[self.schedule](self.num_steps)
@@ -93,10 +94,10 @@ class Diffusion:
             raise ValueError(f"betas must lie strictly between 0 and 1, got {low:g} to {high:g}")
         self.alpha_bar = (1 - self.betas).cumprod(0)
         first = self.betas[0].item()
-        if self.num_steps > 1:
+        if self.num_steps > 1:  # β̃ of the step 1 → 0
             first = (self.betas[1] * (1 - self.alpha_bar[0]) / (1 - self.alpha_bar[1])).item()
         self._first_log_variance = math.log(first)
-        self._tables = {}
+        self._tables = {}  # device -> a_{-1}, a_0 … a_{T-1} there
 
     # -- coefficients, float64 (B,) --------------------------------------------------------------
 
@@ -121,25 +122,32 @@ class Diffusion:
         return posterior.masked_fill(s < 0, self._first_log_variance), beta.log()
 
     def _fixed_log_variance(self, t: Tensor, s: Tensor | None = None) -> Tensor:
+        """log σ² of the fixed `variance`; "fixed_small" where the variance is learned (in the loss
+        weight) and at the last step, to s = -1."""
         small, large = self._log_variances(t, s)
         if self.learn_sigma or self.variance == "fixed_small":
             return small
         return torch.where(self._alpha_bars(t, s)[2] < 0, small, large)
 
     def _posterior_weights(self, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What multiplies x0 and x_t in the mean of `q_posterior`."""
         a_t, a_s, _ = self._alpha_bars(t, s)
         return a_s.sqrt() * (1 - a_t / a_s) / (1 - a_t), (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t)
 
     # -- the process -----------------------------------------------------------------------------
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = √a_t x0 + √(1 - a_t) noise (Ho et al. 2020, eq. 4); t (B,) integer in [0, T)."""
+        """x_t = √a_t x0 + √(1 - a_t) noise (Ho et al. 2020, eq. 4); t (B,) integer in [0, T).
+
+        Raises:
+            ValueError: t is not one integer in [0, T) per image, or noise has not x0's shape.
+        """
         self._check(x0, t)
         if noise.shape != x0.shape:
             shapes = f"{tuple(x0.shape)}, got {tuple(noise.shape)}"
             raise ValueError(f"noise must have the shape of x0, {shapes}")
         a, _, _ = self._alpha_bars(t)
-        return _like(a.sqrt(), x0) * x0 + _like((1 - a).sqrt(), x0) * noise
+        return _broadcast(a.sqrt(), x0) * x0 + _broadcast((1 - a).sqrt(), x0) * noise
 
     def q_posterior(
         self, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor | None = None
@@ -156,15 +164,22 @@ class Diffusion:
         a_t, a_s, _ = self._alpha_bars(t, s)
         variance = (1 - a_t / a_s) * (1 - a_s) / (1 - a_t)
         log_variance, _ = self._log_variances(t, s)
-        mean = _like(on_x0, x_t) * x0 + _like(on_x_t, x_t) * x_t
-        return mean, _like(variance, x_t), _like(log_variance, x_t)
+        mean = _broadcast(on_x0, x_t) * x0 + _broadcast(on_x_t, x_t) * x_t
+        return mean, _broadcast(variance, x_t), _broadcast(log_variance, x_t)
 
     def predict(
         self, output: Tensor, x_t: Tensor, t: Tensor, prediction: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x0, ε) from a prediction (B, C, ...) of the given kind (the object's own by default)."""
+        """(x0, ε) from a prediction (B, C, ...) of the given kind (the object's own by default).
+
+        x_t = √a_t x0 + √(1 - a_t) ε is solved for what the prediction does not say; v gives
+        x0 = √a_t x_t - √(1 - a_t) v and ε = √(1 - a_t) x_t + √a_t v.
+
+        Raises:
+            ValueError: an unknown kind.
+        """
         a, _, _ = self._alpha_bars(t)
-        signal, sigma = _like(a.sqrt(), x_t), _like((1 - a).sqrt(), x_t)
+        signal, sigma = _broadcast(a.sqrt(), x_t), _broadcast((1 - a).sqrt(), x_t)
         match prediction or self.prediction:
             case "epsilon":
                 return (x_t - sigma * output) / signal, output
@@ -174,13 +189,18 @@ class Diffusion:
                 return signal * x_t - sigma * output, sigma * x_t + signal * output
             case "score":
                 return (x_t + sigma.square() * output) / signal, -sigma * output
-        return _choose("prediction", prediction, PREDICTIONS)
+            case unknown:
+                raise _not_among("prediction", unknown, PREDICTIONS)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor, prediction: str | None = None) -> Tensor:
         """What a model of the given kind should return for (x0, noise) at t; so
-        `target(*predict(output, x_t, t, p), t, q)` converts a prediction from kind p to kind q."""
+        `target(*predict(output, x_t, t, p), t, q)` converts a prediction from kind p to kind q.
+
+        Raises:
+            ValueError: an unknown kind.
+        """
         a, _, _ = self._alpha_bars(t)
-        signal, sigma = _like(a.sqrt(), x0), _like((1 - a).sqrt(), x0)
+        signal, sigma = _broadcast(a.sqrt(), x0), _broadcast((1 - a).sqrt(), x0)
         match prediction or self.prediction:
             case "epsilon":
                 return noise
@@ -190,7 +210,8 @@ class Diffusion:
                 return signal * noise - sigma * x0
             case "score":
                 return -noise / sigma
-        return _choose("prediction", prediction, PREDICTIONS)
+            case unknown:
+                raise _not_among("prediction", unknown, PREDICTIONS)
 
     def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """A model's output as (prediction, variance interpolation or None), at least float32.
@@ -231,12 +252,23 @@ class Diffusion:
             epsilon = self.predict(x0, x_t, t, "x0")[1]
         mean, _, _ = self.q_posterior(x0, x_t, t, s)
         if interpolation is None:
-            log_variance = _like(self._fixed_log_variance(t, s), x_t).expand_as(mean)
+            log_variance = _broadcast(self._fixed_log_variance(t, s), x_t).expand_as(mean)
         else:
-            small, large = (_like(bound, x_t) for bound in self._log_variances(t, s))
+            small, large = (_broadcast(bound, x_t) for bound in self._log_variances(t, s))
             fraction = (interpolation + 1) / 2
             log_variance = fraction * large + (1 - fraction) * small
         return Reverse(mean, log_variance, x0, epsilon)
+
+    # -- times -----------------------------------------------------------------------------------
+
+    def draw_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """int64 (n,), uniform in [0, T), on the generator's device (the CPU when it is None)."""
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(self.num_steps, (n,), generator=generator, device=device)
+
+    def bin_times(self, t: Tensor, bins: int) -> Tensor:
+        """⌊t · bins / T⌋, int64 like t, in [0, bins)."""
+        return t * bins // self.num_steps
 
     # -- losses ----------------------------------------------------------------------------------
 
@@ -272,7 +304,7 @@ class Diffusion:
         model: Model,
         x0: Tensor,
         t: Tensor,
-        y: Tensor | None = None,
+        y: Conditioning = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of each image at its timestep, a dictionary of (B,) tensors.
@@ -288,7 +320,8 @@ class Diffusion:
             noise: like x0; drawn when None.
 
         Raises:
-            ValueError: wrong t, y, noise or model output.
+            ValueError: x0 is not floating point; t, y or noise does not fit it; or the model's
+                output has the wrong shape (see `split`).
         """
         self._check(x0, t, y)
         if noise is None:
@@ -300,7 +333,7 @@ class Diffusion:
         output = model(x_t.to(dtype), t.long(), y)
         prediction, interpolation = self.split(output, x0)
         mse = _image_mean((self.target(x0, noise, t) - prediction).square())
-        weighted = _like(self.loss_weight(t), mse) * mse
+        weighted = _broadcast(self.loss_weight(t), mse) * mse
         if interpolation is None:
             return {"loss": weighted, "mse": mse}
         frozen = torch.cat([prediction.detach(), interpolation], 1)
@@ -321,7 +354,7 @@ class Diffusion:
         self,
         model: Model,
         x0: Tensor,
-        y: Tensor | None = None,
+        y: Conditioning = None,
         *,
         num_terms: int | None = None,
         generator: Generators = None,
@@ -341,24 +374,15 @@ class Diffusion:
         Raises:
             ValueError: num_terms is not even or asks for more strata than there are terms.
         """
-        batch, terms_total = x0.shape[0], self.num_steps - 1
+        batch, dtype, device = x0.shape[0], x0.dtype, x0.device
         self._check(x0, torch.zeros(batch, dtype=torch.int64), y)
-        dtype, device, x0 = x0.dtype, x0.device, x0.to(working_dtype(x0))
-
+        x0 = x0.to(working_dtype(x0))
         if num_terms is None:
             timesteps = torch.arange(1, self.num_steps, device=device)[:, None].expand(-1, batch)
         else:
-            if num_terms < 2 or num_terms % 2 or num_terms // 2 > terms_total:
-                raise ValueError(
-                    f"num_terms must be even and in [2, {2 * terms_total}] for {self.num_steps} "
-                    f"steps, got {num_terms}; None evaluates every term"
-                )
-            edges = _strata(terms_total, num_terms // 2).to(device).repeat_interleave(2, 0)
-            sizes = (edges[:, 1] - edges[:, 0])[:, None]
-            uniform = draw(torch.rand, (batch, num_terms), generator, device, torch.float32).T
-            timesteps = edges[:, :1] + (uniform * sizes).long().clamp(max=sizes - 1)
+            timesteps, sizes = self._draw_bound_times(num_terms, batch, generator, device)
 
-        def term(t):
+        def term(t: Tensor) -> Tensor:
             x_t = self.q_sample(x0, t, draw(torch.randn, x0.shape, generator, device, x0.dtype))
             output = model(x_t.to(dtype), t, y)
             return self.vb_term(x0, x_t, t, self.reverse(output, x_t, t, None, clip_denoised))
@@ -370,13 +394,29 @@ class Diffusion:
         )
         if num_terms is None:
             middle, error = terms.sum(0), torch.zeros_like(prior)
-        else:
+        else:  # each stratum's size times the mean of its two terms; their difference is the error
             pairs = (sizes.to(terms) * terms / 2).unflatten(0, (-1, 2))
             middle = pairs.sum((0, 1))
             error = (pairs[:, 0] - pairs[:, 1]).square().sum(0).sqrt()
         return VariationalBound(prior + middle + decoder, prior, decoder, timesteps, terms, error)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None = None):
+    def _draw_bound_times(
+        self, num_terms: int, batch: int, generator: Generators, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Timesteps (num_terms, B), two in a row from each stratum, and the strata's sizes
+        (num_terms, 1)."""
+        total = self.num_steps - 1
+        if num_terms < 2 or num_terms % 2 or num_terms // 2 > total:
+            raise ValueError(
+                f"num_terms must be even and in [2, {2 * total}] for {self.num_steps} steps, got "
+                f"{num_terms}; None evaluates every term"
+            )
+        edges = strata(total, num_terms // 2).to(device).repeat_interleave(2, 0)
+        sizes = (edges[:, 1] - edges[:, 0])[:, None]
+        uniform = draw(torch.rand, (batch, num_terms), generator, device, torch.float32).T
+        return edges[:, :1] + (uniform * sizes).long().clamp(max=sizes - 1), sizes
+
+    def _check(self, x: Tensor, t: Tensor, y: Conditioning = None):
         if t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool:
             raise ValueError(f"t must be an integer tensor, got {t.dtype}; use t.long()")
         if t.shape != (x.shape[0],):
@@ -390,7 +430,7 @@ class Diffusion:
         check_inputs(x, y)
 
 
-def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
     """A (B,) coefficient on x's device in its working precision, broadcast over the rest of x."""
     shape = (-1, *[1] * (x.ndim - 1))
     return coefficient.to(working_dtype(x)).to(x.device).reshape(shape)
@@ -400,6 +440,10 @@ def _image_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def _choose(name: str, value, choices: tuple[str, ...]):
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise _not_among(name, value, choices)
+
+
+def _not_among(name: str, value: str, choices: tuple[str, ...]) -> ValueError:
+    return ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -23,9 +23,6 @@ class VariationalBound:
     standard_error: Tensor
 
 
-# -- shared by the losses and the samplers -------------------------------------------------------
-
-
 def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
     """KL(N(mean1, exp log_var1) ‖ N(mean2, exp log_var2)) in nats, elementwise and broadcast."""
     spread = log_var2 - log_var1 + (log_var1 - log_var2).exp() - 1
@@ -52,7 +49,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
     return torch.where(x.abs() > 1 - half, edge, inside)
 
 
-def _strata(total: int, count: int) -> Tensor:
+def strata(total: int, count: int) -> Tensor:
     """`count` ranges [start, end) that part 1 … total, their width growing as the rank squared."""
     rank = torch.arange(count + 1, dtype=torch.float64)
     edges = 1 + rank.long() + ((total - count) * (rank / count) ** 3).long()

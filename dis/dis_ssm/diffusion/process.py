@@ -1,12 +1,40 @@
-"""What every process shares: what a model is, where its noise comes from, in which precision."""
+"""What every process shares: its interface, what a model is, where noise comes from, precision.
+
+Letters: B images; x (B, C, ...), t (B,) times as the process counts them; y what the model is told
+(`dis_ssm.condition`): a tensor, a Condition or None, one row per image.
+"""
 
 from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Generators = torch.Generator | list[torch.Generator] | None
+from dis_ssm.condition import Condition, Conditioning, rows
+
+Model: TypeAlias = Callable[[Tensor, Tensor, Any], Tensor]  # model(x, t, y)
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+
+
+class Process(Protocol):
+    """What a process of noise and data offers to those who train a model for it."""
+
+    def draw_times(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Times (n,) to train at, on the generator's device; None is PyTorch's global generator."""
+
+    def bin_times(self, t: Tensor, bins: int) -> Tensor:
+        """int64 like t, in [0, bins): in which of `bins` equal parts of the process's time t lies,
+        from clean data to noise."""
+
+    def training_losses(
+        self,
+        model: Model,
+        x0: Tensor,
+        t: Tensor,
+        y: Conditioning = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of each image at its time, (B,) each; "loss" is what training minimises."""
 
 
 def draw(
@@ -56,12 +84,17 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_inputs(x: Tensor, y: Tensor | None):
+def check_inputs(x: Tensor, y: Conditioning) -> None:
+    """Raises ValueError unless x is floating point and y, if given, has a row for each image."""
     if not x.is_floating_point():
         raise ValueError(f"images must be floating point, in [-1, 1] when clean, got {x.dtype}")
-    if y is not None and not isinstance(y, Tensor):
-        raise ValueError(f"y must be a tensor, one row per image, got {y!r}")
-    if y is not None and (y.ndim == 0 or y.shape[0] != x.shape[0]):
+    if y is None:
+        return
+    if not isinstance(y, Tensor | Condition):
+        raise ValueError(f"y must be a tensor or a Condition, one row per image, got {y!r}")
+    if isinstance(y, Tensor) and (y.ndim == 0 or y.shape[0] != x.shape[0]):
         raise ValueError(
             f"y has shape {tuple(y.shape)} for {x.shape[0]} images: give one per image"
         )
+    if rows(y) != x.shape[0]:
+        raise ValueError(f"y has {rows(y)} rows for {x.shape[0]} images: give one per image")

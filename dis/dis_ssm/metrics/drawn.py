@@ -5,30 +5,27 @@ from typing import Any
 
 import torch
 
+from dis_ssm.condition import take
 from dis_ssm.config import SampleConfig, sample_settings
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.latents import is_cache
 from dis_ssm.data.sources.base import NO_LABEL
 from dis_ssm.metrics import evaluate_samples
 from dis_ssm.metrics.run_scores import _made
 from dis_ssm.sampling.grids import label_columns
-from dis_ssm.sampling.pipeline import Artist, open_artist
-from dis_ssm.storage.checkpoint import locate
+from dis_ssm.sampling.pipeline import Pipeline, open_pipeline
 from dis_ssm.system.distributed import World
 
 
 class DrawnDataset(ImageDataset):
-    """Images that `artist` draws when they are read; image i depends on (seed, i, class)."""
+    """Images that `pipeline` draws when they are read; image i depends on (seed, i, class)."""
 
-    def __init__(self, name: str, artist: Artist, settings: SampleConfig):
-        self.artist, self.settings = artist, settings
-        classes = list(range(artist.config.model.num_classes))
-        self.classes = label_columns(settings.num, classes)[0]
-        super().__init__(name, artist.shape, torch.full((settings.num,), NO_LABEL))
+    def __init__(self, name: str, pipeline: Pipeline, settings: SampleConfig):
+        self.pipeline, self.settings = pipeline, settings
+        self.classes = label_columns(settings.num, list(range(pipeline.num_classes)))[0]
+        super().__init__(name, pipeline.shape, torch.full((settings.num,), NO_LABEL))
 
     def _images(self, indices: torch.Tensor) -> torch.Tensor:
-        labels = None if self.classes is None else self.classes[indices]
-        return self.artist.draw(indices.tolist(), labels, self.settings)
+        return self.pipeline.draw(indices.tolist(), take(self.classes, indices), self.settings)
 
 
 def evaluate_drawn(
@@ -52,23 +49,24 @@ def evaluate_drawn(
 
     Without a `reference`, it is the data of the run, and `split` held-out unless given. What is
     unset is as the run's config says; `batch_size` is that of drawing and of the extractor, `vae`
-    decodes latents, as in `open_artist`, and `options` are those of `evaluate_samples`, which opens
+    decodes latents (`find_decoder`), and `options` are those of `evaluate_samples`, which opens
     reference and extractor before anything is drawn. All processes of `world` call; each draws its
     share.
 
-    Returns the report, with "drawn": checkpoint, sampler, steps, guidance, seed, VAE if given.
+    Returns:
+        The report, with "drawn": checkpoint, sampler, steps, guidance, seed, VAE if given.
 
-    Raises ValueError for a run that draws latents no VAE decodes, or learns from latents where no
-    reference is given, and as `evaluate_samples`.
+    Raises:
+        ValueError: a run that draws latents no VAE decodes, or learned from latents where no
+            reference is given, and as `evaluate_samples`.
     """
-    run, checkpoint = locate(run)
-    artist = open_artist(checkpoint, vae=vae, device=world.device)
-    config = artist.config
-    if not artist.visible:
+    pipeline = open_pipeline(run, vae=vae, world=world)
+    config, run = pipeline.config, pipeline.origin.run
+    if not pipeline.visible:
         raise ValueError(
             f"{run} draws latents and no VAE decodes them: give --vae a folder or hub id"
         )
-    if reference is None and (config.data.latents or is_cache(config.data.source)):
+    if reference is None and pipeline.decoder.latents:
         raise ValueError(f"{run} learned from latents: give a REFERENCE, images or statistics")
     settings = sample_settings(
         config,
@@ -79,11 +77,13 @@ def evaluate_drawn(
         seed=seed,
         batch_size=batch_size,
     )
-    made = _made(config, checkpoint, settings, world.device) | ({"vae": vae} if vae else {})
+    made = _made(config, pipeline.origin.checkpoint, settings, world.device) | (
+        {"vae": vae} if vae else {}
+    )
     if not str(reference or "").endswith(".npz"):
         image_size = image_size or config.data.image_size
     report = evaluate_samples(
-        DrawnDataset(f"{run}/{made['samples']}", artist, settings),
+        DrawnDataset(f"{run}/{made['samples']}", pipeline, settings),
         config.data.source if reference is None else reference,
         batch_size=min(num, settings.batch_size),
         split=split or ("heldout" if reference is None else "train"),

@@ -97,7 +97,7 @@ def score_run(
         seed=seed,
         batch_size=batch_size,
     )
-    diffusion = build_diffusion(config)
+    diffusion = build_diffusion(config.diffusion)
     train, heldout = (
         open_dataset(
             config.data.source,

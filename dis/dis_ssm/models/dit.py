@@ -1,13 +1,8 @@
 """DiT, from diffusers, to compare with (imported when it is asked for: that takes seconds)."""
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from dis_ssm.system.extras import declare_torchvision_operators
-
-if TYPE_CHECKING:
-    pass
 
 
 def dit(

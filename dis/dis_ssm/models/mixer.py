@@ -6,21 +6,52 @@ Letters: B batch, L tokens, D width, I = expand * D inner width, N = d_state, R 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.flop_counter import flop_registry
 
 from dis_ssm.ops import bidirectional_selective_scan, causal_conv1d
 from dis_ssm.ops.conv import MAX_WIDTH, conv_backward_op, conv_op
 from dis_ssm.ops.dispatch import refuse_batched_gradients, select
 from dis_ssm.ops.scan import scan_backward_op, scan_op
+from dis_ssm.ops.tensors import ScanInputs, ScanTensors
 
-# torch counts addmm, but not in place.
-flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
+
+class DirectionParameters(NamedTuple):
+    """The parameters of a `Direction`; or their gradients, or their shapes."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_weight: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+
+
+class MixerParameters(NamedTuple):
+    """The parameters of a `BiMamba`, or their gradients, by direction."""
+
+    in_weight: Tensor
+    f: DirectionParameters
+    b: DirectionParameters
+    out_weight: Tensor
+
+    @classmethod
+    def from_flat(cls, in_weight: Tensor, *others: Tensor) -> MixerParameters:
+        """From what `flat` returns."""
+        *directions, out_weight = others
+        half = len(DirectionParameters._fields)
+        f, b = DirectionParameters(*directions[:half]), DirectionParameters(*directions[half:])
+        return cls(in_weight, f, b, out_weight)
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """One after the other, as autograd wants them."""
+        return (self.in_weight, *self.f, *self.b, self.out_weight)
 
 
 class Direction(nn.Module):
@@ -38,11 +69,10 @@ class Direction(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
 
-    def forward(self, x: Tensor, reverse: bool) -> tuple[Tensor | None, ...]:
-        """x (B, L, I) -> the scan's x, dt before softplus (B, L, I), A (I, N), B, C (B, L, N), D
-        and the bias (I,) still to be added to dt, None if it is in it.
+    def forward(self, x: Tensor, reverse: bool) -> ScanTensors:
+        """x (B, L, I) -> what is scanned; dt_bias is None if it has been added to dt.
 
-        D and the bias are copies: what shards or offloads parameters may take them back after the
+        D and dt_bias are copies: what shards or offloads parameters may take them back after the
         call.
         """
         x = causal_conv1d(x, self.conv_weight, self.conv_bias, reverse=reverse)
@@ -53,14 +83,19 @@ class Direction(nn.Module):
         else:  # the bias is in dt, which autocast must not round then
             with torch.autocast(low.device.type, enabled=False):
                 dt, bias = self.dt_proj(low.to(dtype_of(self.dt_proj, low.dtype))), None
-        return x, dt, rates(self.A_log), B, C, self.D.clone(), bias
+        return ScanTensors(x, dt, rates(self.A_log), B, C, self.D.clone(), bias)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters in the order of :class:`FusedMixer`."""
-        return (
-            self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight,
-            self.dt_proj.bias, self.A_log, self.D,
-        )  # fmt: skip
+    def tensors(self) -> DirectionParameters:
+        """The parameters, whatever else the modules do when they are called."""
+        return DirectionParameters(
+            self.conv_weight,
+            self.conv_bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+        )
 
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -97,20 +132,28 @@ def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
-def _fit(h: Tensor, in_weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether :class:`FusedMixer`'s tensors have the kind and the shapes it takes for granted."""
-    f, b, out_weight = others[:7], others[7:14], others[14]
-    (inner, width), rank, state = f[0].shape, f[3].shape[1], f[5].shape[1]
-    shapes = [(inner, width), (inner,), (rank + 2 * state, inner)]
-    shapes += [(inner, rank), (inner,), (inner, state), (inner,)]
+def _fit(h: Tensor, parameters: MixerParameters) -> bool:
+    """Whether the tensors have the kind and the shapes that `FusedMixer` takes for granted."""
+    in_weight, f, b, out_weight = parameters
+    (inner, width), (_, rank), (_, state) = f.conv_weight.shape, f.dt_weight.shape, f.A_log.shape
+    shapes = DirectionParameters(
+        conv_weight=(inner, width),
+        conv_bias=(inner,),
+        x_weight=(rank + 2 * state, inner),
+        dt_weight=(inner, rank),
+        dt_bias=(inner,),
+        A_log=(inner, state),
+        D=(inner,),
+    )
     return (
-        _PLAIN_TENSORS.issuperset(map(type, (h, in_weight, *others)))
-        and all([t.shape for t in tensors] == shapes for tensors in (f, b))
+        _PLAIN_TENSORS.issuperset(map(type, (h, *parameters.flat())))
+        and all(tuple(t.shape for t in tensors) == shapes for tensors in (f, b))
         and in_weight.shape[0] == 2 * inner == 2 * out_weight.shape[1]
     )
 
 
 def rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 or wider."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
@@ -143,14 +186,19 @@ class BiMamba(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         if self._only_parameters_matter():
-            f, b = self.forward_scan.tensors(), self.backward_scan.tensors()
-            tensors = (h, self.in_proj.weight, *f, *b, self.out_proj.weight)
-            width = f[0].shape[1]
+            parameters = self.tensors()
+            tensors, width = (h, *parameters.flat()), parameters.f.conv_weight.shape[1]
             beyond = f"width {width} > {MAX_WIDTH}" if width > MAX_WIDTH else ""
-            if _fit(*tensors) and select(None, *tensors, unsupported=beyond) in ("cpu", "cuda"):
+            kernels = ("cpu", "cuda")
+            if _fit(h, parameters) and select(None, *tensors, unsupported=beyond) in kernels:
                 save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
                 return FusedMixer.apply(*tensors, save)
         return self.op_by_op(h)
+
+    def tensors(self) -> MixerParameters:
+        """The parameters, whatever else the modules do when they are called."""
+        f, b = self.forward_scan.tensors(), self.backward_scan.tensors()
+        return MixerParameters(self.in_proj.weight, f, b, self.out_proj.weight)
 
     def _only_parameters_matter(self) -> bool:
         """Whether no module in here needs to be called."""
@@ -165,85 +213,112 @@ class BiMamba(nn.Module):
         )
 
     def op_by_op(self, h: Tensor) -> Tensor:
-        """:meth:`forward` by calling each module: for every backend, dtype, order of derivative,
-        and for modules with hooks, wrappers or weights that are computed."""
-        x, z = self.in_proj(h).chunk(2, dim=-1)
-        f, b = self.forward_scan(x, reverse=False), self.backward_scan(x, reverse=True)
-        pairs = (t for pair in zip(f[:6], b[:6], strict=True) for t in pair)
-        y = bidirectional_selective_scan(*pairs, z, f[6], b[6])
+        """`forward` by calling each module: for every backend, dtype, order of derivative, and for
+        modules with hooks, wrappers or weights that are computed."""
+        x, z = self.in_proj(h).chunk(2, dim=-1)  # (B, L, I) each
+        f = ScanTensors(*self.forward_scan(x, reverse=False))  # a hook may return a plain tuple
+        b = ScanTensors(*self.backward_scan(x, reverse=True))
+        y = bidirectional_selective_scan(
+            f.x, b.x, f.dt, b.dt, f.A, b.A, f.B, b.B, f.C, b.C, f.D, b.D, z, f.dt_bias, b.dt_bias
+        )
         return self.out_proj(y)
 
 
 class FusedMixer(torch.autograd.Function):
-    """:class:`BiMamba` on the kernels, keeping little for the backward pass.
+    """`BiMamba` on the kernels, keeping little for the backward pass.
 
     Kept: the input, in_proj's and both x_proj outputs, the sum before the gate and the scan's
     states at chunk starts. The convolutions, Δ before its bias and the gated output are computed
     again. Everything runs in in_proj's output dtype, except A, D and the biases, which the kernels
     take in float32 as they take all sums.
+
+    `FusedMixer.apply(h, *parameters.flat(), save)` with `MixerParameters`; `save` keeps what the
+    backward pass needs.
     """
 
     @staticmethod
     def forward(ctx, h: Tensor, *parameters_and_save) -> Tensor:
-        *parameters, save = parameters_and_save
-        in_weight, f, b, out_weight = _unpack(parameters)
-        xz = F.linear(h, in_weight)
-        inputs, projected = _scan_inputs(xz, f, b)
-        y, pregate, states = scan_op(*inputs, xz.chunk(2, dim=-1)[1], True, False, save)
+        *tensors, save = parameters_and_save
+        parameters = MixerParameters.from_flat(*tensors)
+        xz = F.linear(h, parameters.in_weight)
+        _, z = xz.chunk(2, dim=-1)
+        inputs, projected = _scan_inputs(xz, parameters)
+        y, pregate, states = scan_op(*inputs.f, *inputs.b, z, True, False, save)
         if save:
-            ctx.save_for_backward(h, xz, *projected, pregate, states, *parameters)
-        return F.linear(y, out_weight.to(y.dtype))
+            ctx.save_for_backward(h, xz, *projected, pregate, states, *tensors)
+        return F.linear(y, parameters.out_weight.to(y.dtype))
 
     @staticmethod
     def backward(ctx, dout: Tensor):
         refuse_batched_gradients(dout)
-        h, xz, projected_f, projected_b, pregate, states, *parameters = ctx.saved_tensors
-        in_weight, f, b, out_weight = _unpack(parameters)
+        h, xz, low_f, low_b, pregate, states, *tensors = ctx.saved_tensors
+        parameters = MixerParameters.from_flat(*tensors)
+        in_weight, f, b, out_weight = parameters
         x, z = xz.chunk(2, dim=-1)
-        inputs, _ = _scan_inputs(xz, f, b, (projected_f, projected_b))
+        inputs, _ = _scan_inputs(xz, parameters, (low_f, low_b))
         y = (pregate * F.silu(z.float())).to(xz.dtype)
         dout = dout.to(xz.dtype)
         dy, dout_weight = dout @ out_weight.to(dout.dtype), _weight_grad(dout, y)
-        grads = scan_backward_op(dy, pregate, states, *inputs, z, True, False)
-        dz = grads[14]
-        dx_f, d_f = _direction_backward(grads[:7], inputs[0], projected_f, f)
-        dx_b, d_b = _direction_backward(grads[7:14], inputs[7], projected_b, b)
-        dx, *d_conv = conv_backward_op(dx_f, dx_b, x, f[0], f[1], b[0], b[1], True, False)
+        grads = scan_backward_op(dy, pregate, states, *inputs.f, *inputs.b, z, True, False)
+        d = ScanInputs.from_flat(*grads)
+        dx_f, d_f = _direction_backward(d.f, inputs.f.x, low_f, f)
+        dx_b, d_b = _direction_backward(d.b, inputs.b.x, low_b, b)
+        filters = (f.conv_weight, f.conv_bias, b.conv_weight, b.conv_bias)
+        dx, dw_f, dbias_f, dw_b, dbias_b = conv_backward_op(dx_f, dx_b, x, *filters, True, False)
+        d_f, d_b = (
+            d_f._replace(conv_weight=dw_f, conv_bias=dbias_f),
+            d_b._replace(conv_weight=dw_b, conv_bias=dbias_b),
+        )
         weight_x, weight_z = in_weight.to(dx.dtype).chunk(2)
-        dh = _add_product(dx @ weight_x, dz, weight_z)
-        halves = [_weight_grad(d, h.to(d.dtype)) for d in (dx, dz)]
-        found = (torch.cat(halves), *d_conv[:2], *d_f, *d_conv[2:], *d_b, dout_weight)
-        found = (g.to(p.dtype) for g, p in zip(found, parameters, strict=True))
+        dh = _add_product(dx @ weight_x, d.z, weight_z)
+        din_weight = torch.cat([_weight_grad(dxz, h.to(dxz.dtype)) for dxz in (dx, d.z)])
+        found = MixerParameters(din_weight, d_f, d_b, dout_weight).flat()
+        found = (g.to(p.dtype) for g, p in zip(found, tensors, strict=True))
         return dh.to(h.dtype), *found, None
 
 
-def _unpack(parameters):
-    """in_proj's weight, the tensors of both directions, out_proj's weight."""
-    return parameters[0], parameters[1:8], parameters[8:15], parameters[15]
-
-
-def _scan_inputs(xz, f, b, projected=None):
-    """The scan's fourteen directional inputs and both x_proj outputs, which may be given."""
-    x_f, x_b = conv_op(xz.chunk(2, dim=-1)[0], f[0], f[1], b[0], b[1], True, False)
+def _scan_inputs(
+    xz: Tensor, parameters: MixerParameters, projected: tuple[Tensor, Tensor] | None = None
+) -> tuple[ScanInputs, tuple[Tensor, Tensor]]:
+    """What is scanned, ungated, and both x_proj outputs (B, L, R + 2 N), which may be given."""
+    _, f, b, _ = parameters
+    x, _ = xz.chunk(2, dim=-1)
+    filters = (f.conv_weight, f.conv_bias, b.conv_weight, b.conv_bias)
+    x_f, x_b = conv_op(x, *filters, True, False)
     if projected is None:
-        projected = [F.linear(x, p[2].to(x.dtype)) for x, p in ((x_f, f), (x_b, b))]
-    inputs = []
-    for x, low, parameters in ((x_f, projected[0], f), (x_b, projected[1], b)):
-        _, _, _, dt_weight, dt_bias, A_log, D = parameters
-        dt, B, C = split(low, A_log)
-        inputs += x, F.linear(dt, dt_weight.to(x.dtype)), rates(A_log), B, C, D, dt_bias
-    return inputs, projected
+        projected = _project(x_f, f), _project(x_b, b)
+    low_f, low_b = projected
+    return ScanInputs(_scan_tensors(x_f, low_f, f), _scan_tensors(x_b, low_b, b), None), projected
 
 
-def _direction_backward(grads, x, projected, parameters):
-    """dx and the gradients of x_proj, dt_proj, its bias, A_log and D."""
-    dx, ddt, dA, dB, dC, dD, ddt_bias = grads
-    _, _, x_weight, dt_weight, _, A_log, _ = parameters
-    dt, _, _ = split(projected, A_log)
-    dprojected = torch.cat([ddt @ dt_weight.to(ddt.dtype), dB, dC], dim=-1)
-    dx = _add_product(dx, dprojected, x_weight.to(dx.dtype))
-    dx_weight, ddt_weight = _weight_grad(dprojected, x), _weight_grad(ddt, dt)
-    return dx, (dx_weight, ddt_weight, ddt_bias, dA * rates(A_log), dD)
+def _project(x: Tensor, parameters: DirectionParameters) -> Tensor:
+    return F.linear(x, parameters.x_weight.to(x.dtype))
+
+
+def _scan_tensors(x: Tensor, projected: Tensor, parameters: DirectionParameters) -> ScanTensors:
+    dt, B, C = split(projected, parameters.A_log)
+    dt = F.linear(dt, parameters.dt_weight.to(x.dtype))
+    return ScanTensors(x, dt, rates(parameters.A_log), B, C, parameters.D, parameters.dt_bias)
+
+
+def _direction_backward(
+    grads: ScanTensors, x: Tensor, projected: Tensor, parameters: DirectionParameters
+) -> tuple[Tensor, DirectionParameters]:
+    """dx and the gradients of all parameters but the filter."""
+    dt, _, _ = split(projected, parameters.A_log)
+    ddt = grads.dt
+    dlow = ddt @ parameters.dt_weight.to(ddt.dtype)
+    dprojected = torch.cat([dlow, grads.B, grads.C], dim=-1)
+    dx = _add_product(grads.x, dprojected, parameters.x_weight.to(grads.x.dtype))
+    return dx, DirectionParameters(
+        conv_weight=None,
+        conv_bias=None,
+        x_weight=_weight_grad(dprojected, x),
+        dt_weight=_weight_grad(ddt, dt),
+        dt_bias=grads.dt_bias,
+        A_log=grads.A * rates(parameters.A_log),
+        D=grads.D,
+    )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ Letters: J tokens, D hidden size, L blocks, p patch. Nothing that trains or samp
 
 from torch import nn
 
-from dis_ssm.models.dis import DiS_models, create_model
 from dis_ssm.models.dit import dit
+from dis_ssm.models.presets import DiS_models, create_model
 from dis_ssm.models.uvit import UViT
 from dis_ssm.system.nearest import did_you_mean
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_ssm.models.dis import timestep_features
+from dis_ssm.models.conditioning import timestep_features
 
 
 class UViTBlock(nn.Module):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cpu as native
-from dis_ssm.ops import cuda
-from dis_ssm.ops import mamba_ssm as peer
-from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops import cpu, cpu_abi, cuda
+from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops.tensors import ConvInputs, as_returned
 
 MAX_WIDTH = 4  # of the native kernel
 
@@ -48,7 +43,7 @@ def causal_conv1d(
     _check(x, activation, weight=weight, bias=bias)
     chosen = select(backend, x, weight, bias, unsupported=_limit(weight))
     if chosen in PLAIN:
-        return PLAIN[chosen](x, weight, bias, activation, reverse)
+        return PLAIN[chosen].causal_conv1d(x, weight, bias, activation, reverse)
     return conv_op(x, weight, bias, None, None, activation == "silu", reverse)[0]
 
 
@@ -70,26 +65,10 @@ def bidirectional_causal_conv1d(
     limit = _limit(weight_f, weight_b)
     chosen = select(backend, x, weight_f, weight_b, bias_f, bias_b, unsupported=limit)
     if chosen in PLAIN:
-        y_f = PLAIN[chosen](x, weight_f, bias_f, activation, False)
-        return y_f, PLAIN[chosen](x, weight_b, bias_b, activation, True)
+        convolve = PLAIN[chosen].bidirectional_causal_conv1d
+        return convolve(x, weight_f, weight_b, bias_f, bias_b, activation)
     y_f, y_b = conv_op(x, weight_f, bias_f, weight_b, bias_b, activation == "silu", False)
     return y_f, y_b
-
-
-def causal_conv1d_reference(x, weight, bias=None, activation="silu", reverse=False) -> Tensor:
-    """:func:`causal_conv1d` with PyTorch's own convolution: any device, any floating dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    channels, width = weight.shape
-    if x.numel() == 0:
-        return x * weight.sum()
-    tokens = F.pad(x.to(wide).transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
-    weight = weight.to(wide).flip(1) if reverse else weight.to(wide)
-    bias = None if bias is None else bias.to(wide)
-    y = F.conv1d(tokens, weight[:, None], bias, groups=channels).transpose(1, 2)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
-
-
-PLAIN = {"reference": causal_conv1d_reference, "mamba_ssm": peer.causal_conv1d}
 
 
 def _check(x: Tensor, activation: str | None, **parameters: Tensor | None) -> None:
@@ -131,12 +110,12 @@ def conv_op(
     silu: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """Direction f (reversed if ``reverse``), and b against it when weight_b is given."""
-    call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    outputs = [native.empty(x.shape) for _ in range(call.conv.directions)]
+    """Direction f (reversed if `reverse`), and b against it when weight_b is given."""
+    call = _Call(ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b), silu, reverse)
+    outputs = [cpu.empty(x.shape) for _ in range(call.conv.directions)]
     for direction, y in zip(call.conv.direction, outputs, strict=False):
-        direction.y = native.pointer(y, x.shape)
-    native.run("conv_forward", call.conv)
+        direction.y = cpu.pointer(y, x.shape)
+    cpu.run("conv_forward", call.conv)
     return [y.to(x.dtype) for y in outputs]
 
 
@@ -161,19 +140,17 @@ def conv_backward_op(
     reverse: bool,
 ) -> list[Tensor]:
     """The gradients of x, weight_f, bias_f, weight_b, bias_b; empty where one was None."""
-    inputs = (x, weight_f, bias_f, weight_b, bias_b)
-    call = _Call(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
-    grads = [None if t is None else native.empty(t.shape) for t in inputs]
-    call.conv.dx = native.pointer(grads[0], x.shape)
-    for i, dy in enumerate((dy_f, dy_b)[: call.conv.directions]):
-        direction = call.conv.direction[i]
-        direction.dy = native.rows(call.hold(native.float_rows(dy)), x.shape)
-        direction.dweight = native.pointer(grads[1 + 2 * i], weight_f.shape)
-        direction.dbias = native.pointer(grads[2 + 2 * i], x.shape[2:])
-    native.run("conv_backward", call.conv)
-    return [
-        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
+    call = _Call(given, silu, reverse)
+    grads = given.each(lambda t: cpu.empty(t.shape))
+    call.conv.dx = cpu.pointer(grads.x, x.shape)
+    directions = zip(call.conv.direction, grads.directions(), (dy_f, dy_b), strict=False)
+    for direction, grad, dy in directions:
+        direction.dy = cpu.rows(call.hold(cpu.float_rows(dy)), x.shape)
+        direction.dweight = cpu.pointer(grad.weight, weight_f.shape)
+        direction.dbias = cpu.pointer(grad.bias, x.shape[2:])
+    cpu.run("conv_backward", call.conv)
+    return as_returned(grads.flat(), given.flat(), x)
 
 
 conv_backward_op.register_kernel("cuda")(cuda.conv_backward)
@@ -193,11 +170,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dys):
     refuse_batched_gradients(*dys)
     x, *parameters = ctx.saved_tensors
-    dys = [torch.zeros_like(x) if dy is None else dy for dy in dys]
-    grads = conv_backward_op(
-        dys[0], dys[1] if len(dys) > 1 else None, x, *parameters, ctx.silu, ctx.reverse
-    )
-    needs = ctx.needs_input_grad[:5]
+    dy_f, *rest = [torch.zeros_like(x) if dy is None else dy for dy in dys]
+    (dy_b,) = rest or (None,)
+    grads = conv_backward_op(dy_f, dy_b, x, *parameters, ctx.silu, ctx.reverse)
+    *needs, _, _ = ctx.needs_input_grad
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -205,37 +181,25 @@ conv_op.register_autograd(_backward, setup_context=_setup_context)
 conv_backward_op.register_autograd(no_second_derivative)
 
 
-@register_flop_formula(torch.ops.dis_ssm.conv)
-def _(x, weight, bias, weight_b, *args, **kwargs) -> int:
-    return (1 if weight_b is None else 2) * 2 * math.prod(x) * weight[1]
-
-
-@register_flop_formula(torch.ops.dis_ssm.conv_backward)
-def _(dy, dy_b, x, weight, bias, weight_b, *args, **kwargs) -> int:
-    """The filter again, dx and the filter's gradient."""
-    return (1 if weight_b is None else 2) * 6 * math.prod(x) * weight[1]
-
-
 class _Call:
     """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
 
-    def __init__(self, x: Tensor, weights: tuple, biases: tuple, silu: bool, reverse: bool):
-        batch, length, channels = x.shape
-        directions = 1 if weights[1] is None else 2
+    def __init__(self, given: ConvInputs, silu: bool, reverse: bool):
+        batch, length, channels = given.x.shape
+        _, width = given.f.weight.shape
+        directions = given.directions()
         self.keep = []
-        width = weights[0].shape[1]
-        self.conv = native.Conv(batch, length, channels, width, directions, silu)
-        self.conv.x = native.rows(self.hold(native.float_rows(x)), x.shape)
-        for i in range(directions):
-            weight, bias = (
-                None if t is None else self.hold(t.float().contiguous())
-                for t in (weights[i], biases[i])
-            )
-            self.conv.direction[i] = native.ConvDirection(
-                native.pointer(weight, (channels, width)),
-                native.pointer(bias, (channels,)),
+        self.conv = cpu_abi.Conv(batch, length, channels, width, len(directions), silu)
+        self.conv.x = cpu.rows(self.hold(cpu.float_rows(given.x)), given.x.shape)
+        for i, (weight, bias) in enumerate(directions):
+            self.conv.direction[i] = cpu_abi.ConvDirection(
+                weight=self._vector(weight, (channels, width)),
+                bias=self._vector(bias, (channels,)),
                 reverse=(i == 1) != reverse,
             )
+
+    def _vector(self, t: Tensor | None, shape: tuple[int, ...]) -> int | None:
+        return cpu.pointer(None if t is None else self.hold(t.float().contiguous()), shape)
 
     def hold(self, t: Tensor) -> Tensor:
         self.keep.append(t)

@@ -1,16 +1,15 @@
 """The CPU kernels: compiled at first use, cached on disk, called through ctypes.
 
-The sources in ``kernels/cpu`` have a plain C interface, so they need neither torch's headers nor
-its ABI: one compiler call of a few seconds serves every torch. The library is kept in
-:mod:`dis_ssm.ops.kernel_cache` under a name that hashes sources, flags and instruction set, so that
-one user's machines of different kinds can share the folder.
+The sources in `kernels/cpu` have a plain C interface (`dis_ssm.ops.cpu_abi`), so they need neither
+torch's headers nor its ABI: one compiler call of a few seconds serves every torch. The library is
+kept in `dis_ssm.ops.kernel_cache` under a name that hashes sources, flags and instruction set, so
+that one user's machines of different kinds can share the folder.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -21,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import kernel_cache as cache
-from dis_ssm.ops.kernel_cache import cache_dir  # noqa: F401 (for ops.cuda)
+from dis_ssm.ops import kernel_cache
+from dis_ssm.ops.cpu_abi import Rows
+from dis_ssm.ops.kernel_cache import BackendError
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cpu"
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math".split()
@@ -34,12 +34,8 @@ ISA_FLAGS = {
 CHUNK = 32  # tokens between two kept states of the scan; scan.cpp's
 
 
-class BackendError(RuntimeError):
-    """The native kernels cannot run here; the message says why and what would help."""
-
-
 def instruction_set() -> str:
-    """The widest instruction set of this processor, or the one named by ``$DIS_SSM_CPU_ISA``."""
+    """The widest instruction set of this processor, or the one named by `$DIS_SSM_CPU_ISA`."""
     if wanted := os.environ.get("DIS_SSM_CPU_ISA"):
         if wanted not in ISA_FLAGS:
             raise ValueError(f"DIS_SSM_CPU_ISA={wanted!r}: choose one of {', '.join(ISA_FLAGS)}")
@@ -67,7 +63,7 @@ def _compile(isa: str, target: Path) -> None:
         except OSError as error:
             raise BackendError(f"cannot run the compiler {compiler[0]!r}: {error}") from None
         if result.returncode == 0:
-            return
+            return _try_out(target, compiler[0])
     reason = " / ".join(result.stderr.strip().splitlines()[-2:])
     raise BackendError(
         f"{compiler[0]} could not compile the CPU kernels: {reason}; "
@@ -94,20 +90,14 @@ def _open(path: Path) -> ctypes.CDLL:
     return lib
 
 
-def _build(isa: str, path: Path) -> ctypes.CDLL:
-    """Compiles the library to ``path``, where it appears only if it loads."""
+def _try_out(path: Path, compiler: str) -> None:
     try:
-        with cache.draft(path) as unfinished:
-            _compile(isa, unfinished)
-            try:
-                return _open(unfinished)
-            except OSError as error:
-                raise BackendError(
-                    f"what {_compiler()[0]} made of the CPU kernels does not load: {error}; "
-                    "set CXX to a C++ compiler and try again"
-                ) from None
+        _open(path)
     except OSError as error:
-        raise BackendError(f"cannot write the CPU kernels to {path.parent}: {error}") from None
+        raise BackendError(
+            f"what {compiler} made of the CPU kernels does not load: {error}; "
+            "set CXX to a C++ compiler and try again"
+        ) from None
 
 
 @functools.cache
@@ -120,22 +110,18 @@ def library() -> ctypes.CDLL:
     if platform.system() == "Windows":
         raise BackendError("the CPU kernels need GCC or Clang on Linux or macOS")
     isa = instruction_set()
-    key = hashlib.sha256(" ".join([*FLAGS, *ISA_FLAGS[isa], platform.machine()]).encode())
-    for path in sorted(SOURCES.iterdir()):
-        key.update(path.name.encode() + path.read_bytes())
-    path, data = cache.find(f"cpu-{isa}-{key.hexdigest()[:16]}.so")
-    if data is not None:
-        try:
-            return _open(path)
-        except OSError as error:
-            cache.say_once(f"{path} does not load ({error}) and is compiled anew")
-    return _build(isa, path)
+    options = " ".join([*FLAGS, *ISA_FLAGS[isa], platform.machine()])
+    return kernel_cache.obtain(
+        f"cpu-{isa}-{kernel_cache.fingerprint(options, SOURCES)}.so",
+        make=functools.partial(_compile, isa),
+        load=lambda path, _: _open(path),
+    )
 
 
 def why_not() -> str | None:
     """None if the native kernels run here, else the reason.
 
-    A failure is remembered in this process for the compiler that failed, as ``$CXX`` and ``$PATH``
+    A failure is remembered in this process for the compiler that failed, as `$CXX` and `$PATH`
     name it, and not on disk.
     """
     return _why_not(os.environ.get("CXX"), os.environ.get("PATH"))
@@ -159,7 +145,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(function: str, arguments: ctypes.Structure) -> None:
-    """Calls a kernel on ``torch.get_num_threads()`` threads (one in a forked child)."""
+    """Calls a kernel on `torch.get_num_threads()` threads (one in a forked child)."""
     kernel = getattr(library(), f"dis_ssm_{function}")
     code = kernel(ctypes.byref(arguments), torch.get_num_threads())
     if code == 1:
@@ -204,65 +190,3 @@ def _check(x: Tensor, shape: tuple[int, ...], dense: bool) -> None:
         raise ValueError(f"a CPU kernel got shape {tuple(x.shape)} where {tuple(shape)} is needed")
     if x.numel() and not x.data_ptr():
         raise ValueError("a tensor's memory has been freed, by what shards or offloads it")
-
-
-class Rows(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-    ]
-
-
-def _pointers(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-def _integers(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_int64) for name in names]
-
-
-class ScanDirection(ctypes.Structure):
-    _fields_ = [
-        *((name, Rows) for name in ("x", "dt", "B", "C")),
-        *_pointers("A", "D", "dt_bias", "states"),
-        *_pointers("dx", "ddt", "dB", "dC", "dA", "dD", "ddt_bias"),
-        *_integers("reverse"),
-    ]
-
-
-class Scan(ctypes.Structure):
-    _fields_ = [
-        *_integers("batch", "length", "channels", "state", "directions", "softplus"),
-        ("direction", ScanDirection * 2),
-        ("z", Rows),
-        ("dout", Rows),
-        *_pointers("out", "pregate", "dz"),
-    ]
-
-
-class ConvDirection(ctypes.Structure):
-    _fields_ = [
-        *_pointers("weight", "bias", "y"),
-        ("dy", Rows),
-        *_pointers("dweight", "dbias"),
-        *_integers("reverse"),
-    ]
-
-
-class Conv(ctypes.Structure):
-    _fields_ = [
-        *_integers("batch", "length", "channels", "width", "directions", "silu"),
-        ("direction", ConvDirection * 2),
-        ("x", Rows),
-        *_pointers("dx"),
-    ]
-
-
-class Norm(ctypes.Structure):
-    _fields_ = [
-        *_integers("rows", "width"),
-        ("eps", ctypes.c_float),
-        *_pointers("h", "residual", "weight", "stream", "normed", "rstd"),
-        *_pointers("dnormed", "dstream", "dx", "dweight"),
-    ]

@@ -8,26 +8,20 @@ hashes sources, options, architecture and compiler version. ``cuda.core`` is imp
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import hashlib
 import importlib.metadata
 import re
-import textwrap
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dis_ssm.ops import kernel_cache as cache
-from dis_ssm.ops.cpu import BackendError
+from dis_ssm.ops import nvrtc, reference
+from dis_ssm.ops.cuda_abi import MAX_PLANES, Conv, ConvSide, Plane, Rows, Scan, ScanDirection, Sums
+from dis_ssm.ops.tensors import ConvInputs, Filter, ScanInputs, ScanTensors, as_returned
 
-SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "cuda"
-INSTALL = "pip install 'dis-ssm[cuda]'"
 IO_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATE = 64
 CHUNK, STEP = 16, 4  # tokens between two kept states, and of a backward step; scan.cu's
-MAX_PLANES = 10
 
 
 # ---- whether they run ------------------------------------------------------------------------
@@ -42,26 +36,7 @@ def missing() -> str | None:
         return "the kernels are for NVIDIA GPUs"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the kernels need compute capability 8.0 or newer"
-    return _missing_packages()
-
-
-def _missing_packages() -> str | None:
-    try:
-        version = importlib.metadata.version("cuda-core")
-    except importlib.metadata.PackageNotFoundError:
-        return f"cuda-core is missing; {INSTALL}"
-    if int(version.split(".")[0]) < 1:
-        return f"cuda-core {version} is too old; pip install --upgrade 'cuda-core>=1.0'"
-    major = int(torch.version.cuda.split(".")[0])
-    remedy = f"pip install 'cuda-core[cu{major}]>=1.0'"
-    try:
-        nvrtc = _nvrtc_version()
-    except Exception as error:
-        return f"NVRTC does not load ({_line(error)}); {remedy}"
-    if nvrtc[0] != major:
-        found = "{}.{}".format(*nvrtc)
-        return f"torch is built for CUDA {torch.version.cuda}, but NVRTC is {found}; {remedy}"
-    return None
+    return nvrtc.missing_packages()
 
 
 class _Passing(Exception):
@@ -91,7 +66,7 @@ def _lasting_reason() -> str | None:
     except _Passing:
         raise
     except Exception as failure:
-        message = _line(failure)
+        message = nvrtc.one_line(failure)
         for pattern, reason in _PASSING.items():
             if re.search(pattern, message, re.IGNORECASE):
                 raise _Passing(reason) from None
@@ -114,217 +89,66 @@ def _versions() -> str:
     for name, ask in (
         ("", torch.cuda.get_device_name),
         ("cuda-core ", lambda: importlib.metadata.version("cuda-core")),
-        ("NVRTC ", lambda: "{}.{}".format(*_nvrtc_version())),
+        ("NVRTC ", lambda: "{}.{}".format(*nvrtc.version())),
     ):
         with contextlib.suppress(Exception):  # it may be the failure itself
             found.append(name + ask())
     return ", ".join(found)
 
 
-def _line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+def _largest_error(device: str = "cuda") -> float:
+    """Of values and gradients of a small problem, convolutions before a scan, against float64.
+
+    Relative to the largest entry of each tensor; NaN if any is.
+    """
+    with torch.inference_mode(False), torch.autocast("cuda", enabled=False):
+        numbers = _self_check_numbers()
+        with torch.no_grad():
+            found = _by_kernels(*(t.to(device, torch.float32) for t in numbers))
+        with torch.enable_grad():
+            exact = _by_reference(*(t.to(device) for t in numbers))
+        pairs = zip(found, exact, strict=True)
+        errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
+    return errors.max().item()
 
 
-def _largest_error() -> float:
-    """Of values and gradients, against float64, relative to the largest entry of each."""
-    from dis_ssm.ops import bidirectional_causal_conv1d, bidirectional_selective_scan
-    from dis_ssm.ops.conv import conv_op
-    from dis_ssm.ops.scan import scan_op
-
-    generator = torch.Generator().manual_seed(0)
+def _self_check_numbers() -> list[Tensor]:
+    """dout, x, z, and for each direction weight, dt, A, B, C, D, dt_bias; float64 on the CPU."""
     tokens, states, rates, channels = (2, 67, 70), (2, 67, 16), (70, 16), (70,)
     direction = [(70, 4), tokens, rates, states, states, channels, channels]
-    shapes = [tokens, *direction, *direction, tokens]
-
-    def kernels(x, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z):
-        x_f, x_b = conv_op(x, w_f, None, w_b, None, True, False)
-        forward = x_f, dt_f, A_f, B_f, C_f, D_f, bias_f
-        return scan_op(*forward, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z, True, False, True)[0]
-
-    def exact(x, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z):
-        x_f, x_b = bidirectional_causal_conv1d(x, w_f, w_b, backend="reference")
-        return bidirectional_selective_scan(
-            x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z, bias_f, bias_b,
-            backend="reference",
-        )  # fmt: skip
-
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-        drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
-        numbers = [torch.randn(shape, **drawn) for shape in shapes]
-        numbers = [-t.abs() if t.shape == rates else t for t in numbers]
-
-        def run(function, dtype):
-            inputs = [t.to("cuda", dtype).requires_grad_() for t in numbers]
-            y = function(*inputs)
-            y.backward(numbers[0].to("cuda", dtype))
-            return [y.detach(), *(t.grad for t in inputs)]
-
-        pairs = zip(run(kernels, torch.float32), run(exact, torch.float64), strict=True)
-        errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs])
-    return errors.max().item()  # NaN if any is
+    drawn = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64, "device": "cpu"}
+    numbers = [torch.randn(shape, **drawn) for shape in (tokens, *direction, *direction, tokens)]
+    x, *directions, z = [-t.abs() if t.shape == rates else t for t in numbers]
+    return [x, x, z, *directions]
 
 
-@functools.cache
-def _nvrtc_version() -> tuple[int, int]:
-    from cuda.bindings import nvrtc
+def _by_kernels(
+    dout, x, z, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b
+) -> list[Tensor]:
+    """y and the gradients of all tensors but dout, in their order."""
+    filters = (w_f, None, w_b, None, True, False)
+    x_f, x_b = conv_forward(x, *filters)
+    inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
+    y, pregate, kept = scan_forward(*inputs, True, False, True)
+    d_f, d_b, dz = ScanInputs.from_flat(*scan_backward(dout, pregate, kept, *inputs, True, False))
+    dx, dw_f, _, dw_b, _ = conv_backward(d_f.x, d_b.x, x, *filters)
+    (_, *d_f), (_, *d_b) = d_f, d_b
+    return [y, dx, dz, dw_f, *d_f, dw_b, *d_b]
 
-    error, major, minor = nvrtc.nvrtcVersion()
-    if int(error):
-        raise BackendError(f"NVRTC failed with {error!r}")
-    return major, minor
 
-
-def compile_cubin(source: str, arch: str, macros: dict[str, int], log_to=None) -> bytes:
-    """``source``.cu for ``arch`` ("sm_90"); ``log_to`` collects ptxas' resource report.
-
-    Raises:
-        BackendError: the compiler refused; the message holds its first lines.
-    """
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
-        name=source,
-        arch=arch,
-        std="c++17",
-        include_path=str(SOURCES),
-        define_macro=[(name, str(value)) for name, value in macros.items()],
-        ptxas_options=None if log_to is None else ["-v"],
+def _by_reference(dout, *tensors) -> list[Tensor]:
+    """What `_by_kernels` returns, by autograd over plain PyTorch."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    x, z, w_f, dt_f, A_f, B_f, C_f, D_f, bias_f, w_b, dt_b, A_b, B_b, C_b, D_b, bias_b = leaves
+    x_f, x_b = reference.bidirectional_causal_conv1d(x, w_f, w_b)
+    y = reference.bidirectional_selective_scan(
+        x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z, bias_f, bias_b
     )
-    try:
-        program = Program((SOURCES / f"{source}.cu").read_text(), "c++", options)
-        return bytes(program.compile("cubin", logs=log_to).code)
-    except Exception as error:
-        reason = " / ".join(str(error).strip().splitlines()[:8])
-        raise BackendError(f"NVRTC could not compile {source}.cu for {arch}: {reason}") from error
-
-
-def cached_cubin(source: str, arch: str, macros: dict[str, int]) -> bytes:
-    """:func:`compile_cubin` through the disk cache; what is damaged there, or could have been
-    written by others, is built again."""
-    key = hashlib.sha256(repr((source, arch, sorted(macros.items()), _nvrtc_version())).encode())
-    for path in sorted(SOURCES.iterdir()):
-        key.update(path.name.encode() + path.read_bytes())
-    path, cubin = cache.find(f"cuda-{source}-{arch}-{key.hexdigest()[:16]}.cubin")
-    if cubin is None:
-        cubin = compile_cubin(source, arch, macros)
-        try:
-            cache.install(path, cubin)
-        except OSError as error:
-            cache.say_once(f"compiled kernels are not kept: {error}")
-    return cubin
-
-
-@functools.cache
-def _module(source: str, arch: str, macros: tuple):
-    from cuda.core import ObjectCode
-
-    return ObjectCode.from_cubin(cached_cubin(source, arch, dict(macros)), name=source)
-
-
-@functools.cache
-def _kernel(source: str, name: str, device: int, macros: tuple, shared: int) -> int:
-    """The handle of a kernel that may use ``shared`` bytes on this device."""
-    from cuda.bindings import driver
-
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    kernel = _module(source, arch, macros).get_kernel(name)
-    handle = driver.CUkernel(int(kernel.handle))
-    if shared > 48 * 1024:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuKernelSetAttribute(attribute, shared, handle, driver.CUdevice(device)))
-    _keep.append(kernel)
-    return int(handle)
-
-
-_keep: list = []  # kernels behind the handles
-
-
-def _check(result: tuple) -> None:
-    if int(result[0]):
-        raise RuntimeError(f"CUDA: {result[0]!r}")
-
-
-def _ensure_context(device: torch.device) -> None:
-    """A thread that has not called CUDA's runtime yet, autograd's say, has no current context."""
-    from cuda.bindings import driver
-
-    if not int(driver.cuCtxGetCurrent()[1]):
-        error, context = driver.cuDevicePrimaryCtxRetain(device.index)
-        _check((error,))
-        _check(driver.cuCtxSetCurrent(context))
-
-
-def _launch(source, name, macros, grid, block, shared, arguments, device) -> None:
-    """One kernel on torch's current stream of ``device``; ``arguments`` is passed by value."""
-    from cuda.bindings import driver
-
-    with torch.cuda.device(device):
-        _ensure_context(device)
-        kernel = _kernel(source, name, device.index, tuple(sorted(macros.items())), shared)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        function = driver.CUfunction(kernel)
-        _check(
-            driver.cuLaunchKernel(
-                function, *grid, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0
-            )
-        )
+    y.backward(dout)
+    return [y.detach(), *(t.grad for t in leaves)]
 
 
 # ---- arguments -------------------------------------------------------------------------------
-
-
-def _fields(names: str, kind: type) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *_fields("batch_stride row_stride", ctypes.c_int64)]
-
-
-class ScanDirection(ctypes.Structure):
-    _fields_ = [
-        *_fields("x dt B C", Rows),
-        *_fields("A D dt_bias states dx ddt dB dC dA dD ddt_bias", ctypes.c_void_p),
-        ("reverse", ctypes.c_int64),
-    ]
-
-
-class Scan(ctypes.Structure):
-    _fields_ = [
-        *_fields("batch length channels state directions", ctypes.c_int64),
-        ("direction", ScanDirection * 2),
-        *_fields("z dout", Rows),
-        *_fields("out pregate y dz", ctypes.c_void_p),
-    ]
-
-
-class ConvSide(ctypes.Structure):
-    _fields_ = [
-        *_fields("weight bias y", ctypes.c_void_p),
-        ("dy", Rows),
-        *_fields("dweight dbias", ctypes.c_void_p),
-    ]
-
-
-class Conv(ctypes.Structure):
-    _fields_ = [
-        *_fields("batch length channels", ctypes.c_int64),
-        *_fields("past future", ConvSide),
-        ("x", Rows),
-        ("dx", ctypes.c_void_p),
-    ]
-
-
-class Plane(ctypes.Structure):
-    _fields_ = [
-        *_fields("partial out", ctypes.c_void_p),
-        *_fields("rows size as_io", ctypes.c_int64),
-    ]
-
-
-class Sums(ctypes.Structure):
-    _fields_ = [("plane", Plane * MAX_PLANES)]
 
 
 class _Call:
@@ -356,7 +180,7 @@ class _Call:
         return torch.empty(shape, dtype=dtype or self.io, device=self.device)
 
     def partial(self, rows: int, like: Tensor | None, dtype: torch.dtype) -> tuple:
-        """A workspace of partial results and the tensor that :meth:`sum` fills from it."""
+        """A workspace of partial results and the tensor that `sum` fills from it."""
         if like is None:
             return None, None
         partial = self.empty(rows, *like.shape, dtype=torch.float32)
@@ -376,7 +200,7 @@ class _Call:
     def launch(self, name: str, grid: tuple, block: int, arguments, shared: int = 0, **macros):
         if all(grid):
             macros = self.macros | macros
-            _launch(self.source, name, macros, grid, block, shared, arguments, self.device)
+            nvrtc.launch(self.source, name, macros, grid, block, shared, arguments, self.device)
 
 
 # ---- the scan --------------------------------------------------------------------------------
@@ -386,26 +210,31 @@ FULL = 128  # channels: a multiple of those of any block
 FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lanes
 
 
-def _scan(inputs: tuple, dt_softplus: bool, reverse: bool, keeps: bool) -> tuple[_Call, Scan]:
-    x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
-    states = next(n for n in (16, 32, 64) if A.shape[1] <= n)
+def _scan(given: ScanInputs, dt_softplus: bool, reverse: bool, keeps: bool) -> tuple[_Call, Scan]:
+    x, z, directions = given.f.x, given.z, given.directions()
+    _, state = given.f.A.shape
+    states = next(n for n in (16, 32, 64) if state <= n)
     warps = backward_warps(states, x.itemsize, *_shared_memory(x.device))
     known = {
         "SOFTPLUS": dt_softplus,
         "GATED": z is not None,
-        "SKIPS": inputs[5] is not None or inputs[12] is not None,
+        "SKIPS": any(tensors.D is not None for tensors in directions),
         "KEEPS": keeps,
         "FULL": x.shape[2] % FULL == 0,
         "ALIGNED": True,
     }
     known = {name: int(value) for name, value in known.items()}
     call = _Call("scan", x, STATES=states, WARPS=warps, **known)
-    scan = Scan(*x.shape, A.shape[1], 1 if x_b is None else 2)
-    for i in range(scan.directions):
-        x, dt, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
+    scan = Scan(*x.shape, state, len(directions))
+    for i, tensors in enumerate(directions):
         scan.direction[i] = ScanDirection(
-            *(call.rows(t) for t in (x, dt, B, C)),
-            *(call.vector(t) for t in (A, D, bias)),
+            x=call.rows(tensors.x),
+            dt=call.rows(tensors.dt),
+            B=call.rows(tensors.B),
+            C=call.rows(tensors.C),
+            A=call.vector(tensors.A),
+            D=call.vector(tensors.D),
+            dt_bias=call.vector(tensors.dt_bias),
             reverse=(i == 1) != reverse,
         )
     scan.z = call.rows(z)
@@ -432,7 +261,7 @@ def backward_warps(states: int, io_bytes: int, block_limit: int, sm_limit: int) 
 def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
     """Whether every row that scan_backward copies begins and ends on a border of 16 bytes."""
     directions = scan.direction[: scan.directions]
-    rows = [scan.z, scan.dout, *(getattr(d, n) for d in directions for n in ("x", "dt", "B", "C"))]
+    rows = [scan.z, scan.dout, *(row for d in directions for row in (d.x, d.dt, d.B, d.C))]
     numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
     return scan.state == states and all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
 
@@ -449,7 +278,7 @@ def _shared_memory(device: torch.device) -> tuple[int, int]:
         names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
     ):
         result = driver.cuDeviceGetAttribute(name, driver.CUdevice(device.index))
-        _check(result)
+        nvrtc.check(result)
         limits.append(result[1])
     return limits[0], limits[1]
 
@@ -460,10 +289,11 @@ def _processors(device: torch.device) -> int:
 
 
 def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """``dis_ssm::scan`` on a GPU: same arguments and results as ``scan_op``."""
-    *inputs, dt_softplus, reverse, save = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse, save)
-    x, z, two = inputs[0], inputs[14], scan.directions == 2
+    """`dis_ssm::scan` on a GPU: same arguments and results as `scan_op`."""
+    *tensors, dt_softplus, reverse, save = arguments
+    given = ScanInputs.from_flat(*tensors)
+    call, scan = _scan(given, dt_softplus, reverse, save)
+    x, z, two = given.f.x, given.z, scan.directions == 2
     batch, length, channels = x.shape
     states = call.macros["STATES"]
     wide_warps = batch * channels * (states // 16) / 2 / 32
@@ -496,40 +326,38 @@ def scan_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> list[Tensor]:
-    """``dis_ssm::scan_backward`` on a GPU: same arguments and results as ``scan_backward_op``."""
-    *inputs, dt_softplus, reverse = arguments
-    call, scan = _scan(tuple(inputs), dt_softplus, reverse, True)
-    x, z = inputs[0], inputs[14]
+    """`dis_ssm::scan_backward` on a GPU: same arguments and results as `scan_backward_op`."""
+    *tensors, dt_softplus, reverse = arguments
+    given = ScanInputs.from_flat(*tensors)
+    call, scan = _scan(given, dt_softplus, reverse, True)
+    x = given.f.x
     batch, length, channels = x.shape
     warps, size = call.macros["WARPS"], call.macros["STATES"]
     groups = -(-channels // (32 * warps))
     scan.dout = call.rows(dout)
     scan.pregate = call.pointer(pregate.contiguous()) if pregate.numel() else None
-    grads: list[Tensor | None] = [None] * 15
-    if z is not None:
-        grads[14] = call.empty(*x.shape)
-        scan.dz = call.pointer(grads[14])
-    rows = batch if length else 0
-    states = states.contiguous()
-    for i, direction in enumerate(scan.direction[: scan.directions]):
-        *_, A, B, C, D, bias = inputs[7 * i : 7 * i + 7]
-        direction.states = states[i].data_ptr()
+    dz = None if given.z is None else call.empty(*x.shape)
+    scan.dz = call.pointer(dz)
+    rows, directions = batch if length else 0, []
+    blocks, states = scan.direction[: scan.directions], states.contiguous()
+    for direction, tensors, kept in zip(blocks, given.directions(), states, strict=True):
+        direction.states = call.pointer(kept)
         dx, ddt = call.empty(*x.shape), call.empty(*x.shape)
         direction.dx, direction.ddt = call.pointer(dx), call.pointer(ddt)
-        direction.dB, dB = call.partial(groups, B, call.io)
-        direction.dC, dC = call.partial(groups, C, call.io)
-        direction.dA, dA = call.partial(rows, A, torch.float32)
-        direction.dD, dD = call.partial(rows, D, torch.float32)
-        direction.ddt_bias, ddt_bias = call.partial(rows, bias, torch.float32)
-        grads[7 * i : 7 * i + 7] = dx, ddt, dA, dB, dC, dD, ddt_bias
+        direction.dB, dB = call.partial(groups, tensors.B, call.io)
+        direction.dC, dC = call.partial(groups, tensors.C, call.io)
+        direction.dA, dA = call.partial(rows, tensors.A, torch.float32)
+        direction.dD, dD = call.partial(rows, tensors.D, torch.float32)
+        direction.ddt_bias, ddt_bias = call.partial(rows, tensors.dt_bias, torch.float32)
+        directions.append(ScanTensors(dx, ddt, dA, dB, dC, dD, ddt_bias))
+    df, *db = directions
+    grads = ScanInputs(df, *(db or [None]), dz)
     if length:
         call.macros["ALIGNED"] = int(_aligned(scan, size, call.io.itemsize))
         shared = backward_shared(size, warps, call.io.itemsize)
         call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
     call.sum()
-    return [
-        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    return as_returned(grads.flat(), given.flat(), x)
 
 
 # ---- the convolution -------------------------------------------------------------------------
@@ -537,12 +365,14 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
 
 
-def _conv(x, weights, biases, silu, reverse) -> tuple[_Call, Conv, list[ConvSide]]:
-    call = _Call("conv", x, K=weights[0].shape[1], SILU=int(silu))
-    conv = Conv(*x.shape)
-    conv.x = call.rows(x)
-    sides = [conv.past, conv.future][:: -1 if reverse else 1][: 1 if weights[1] is None else 2]
-    for side, weight, bias in zip(sides, weights, biases, strict=False):
+def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, list[ConvSide]]:
+    """The call, its arguments, and the side of each direction that is given."""
+    call = _Call("conv", given.x, K=given.f.weight.shape[1], SILU=int(silu))
+    conv = Conv(*given.x.shape)
+    conv.x = call.rows(given.x)
+    sides = [conv.future, conv.past] if reverse else [conv.past, conv.future]
+    sides = sides[: len(given.directions())]
+    for side, (weight, bias) in zip(sides, given.directions(), strict=True):
         side.weight, side.bias = call.vector(weight), call.vector(bias)
     call.macros |= {"PAST": int(bool(conv.past.weight)), "FUTURE": int(bool(conv.future.weight))}
     return call, conv, sides
@@ -560,9 +390,9 @@ def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
 
 
 def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
-    """``dis_ssm::conv`` on a GPU: same arguments and results as ``conv_op``."""
-    weights, biases = (weight_f, weight_b), (bias_f, bias_b)
-    call, conv, sides = _conv(x, weights, biases, silu, reverse)
+    """`dis_ssm::conv` on a GPU: same arguments and results as `conv_op`."""
+    given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
+    call, conv, sides = _conv(given, silu, reverse)
     outputs = [call.empty(*x.shape) for _ in sides]
     for side, y in zip(sides, outputs, strict=True):
         side.y = call.pointer(y)
@@ -571,19 +401,18 @@ def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[T
 
 
 def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[Tensor]:
-    """``dis_ssm::conv_backward`` on a GPU: same arguments and results as ``conv_backward_op``."""
-    inputs = (x, weight_f, bias_f, weight_b, bias_b)
-    call, conv, sides = _conv(x, (weight_f, weight_b), (bias_f, bias_b), silu, reverse)
+    """`dis_ssm::conv_backward` on a GPU: same arguments and results as `conv_backward_op`."""
+    given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
+    call, conv, sides = _conv(given, silu, reverse)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
-    grads = [dx, None, None, None, None]
-    segments = x.shape[0] * -(-x.shape[1] // SEGMENT)
-    for i, (side, dy) in enumerate(zip(sides, (dy_f, dy_b), strict=False)):
+    segments, filters = x.shape[0] * -(-x.shape[1] // SEGMENT), []
+    for side, (weight, bias), dy in zip(sides, given.directions(), (dy_f, dy_b), strict=False):
         side.dy = call.rows(dy)
-        side.dweight, grads[1 + 2 * i] = call.partial(segments, inputs[1 + 2 * i], torch.float32)
-        side.dbias, grads[2 + 2 * i] = call.partial(segments, inputs[2 + 2 * i], torch.float32)
+        side.dweight, dweight = call.partial(segments, weight, torch.float32)
+        side.dbias, dbias = call.partial(segments, bias, torch.float32)
+        filters.append(Filter(dweight, dbias))
+    grads = ConvInputs(dx, *filters)
     _launch_conv(call, "conv_backward", conv, [conv.x, *(side.dy for side in sides)])
     call.sum()
-    return [
-        x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    return as_returned(grads.flat(), given.flat(), x)

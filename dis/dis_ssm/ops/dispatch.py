@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dis_ssm.ops import cpu as native
-from dis_ssm.ops import cuda
-from dis_ssm.ops import kernel_cache as cache
-from dis_ssm.ops import mamba_ssm as peer
-from dis_ssm.ops.kernel_cache import say_once
+from dis_ssm.ops import cpu, cuda, kernel_cache, mamba_ssm, reference
+from dis_ssm.ops.kernel_cache import BackendError, say_once
 
 BACKENDS = ("reference", "cpu", "cuda", "mamba_ssm")
+PLAIN = {"reference": reference, "mamba_ssm": mamba_ssm}  # their functions have the ops' names
 
 
 def _constant(function):
@@ -31,7 +29,7 @@ def _forced() -> str | None:
 
 @_constant
 def _why_not(backend: str) -> str | None:
-    return {"cpu": native, "cuda": cuda, "mamba_ssm": peer}[backend].why_not()
+    return {"cpu": cpu, "cuda": cuda, "mamba_ssm": mamba_ssm}[backend].why_not()
 
 
 @_constant
@@ -97,7 +95,7 @@ def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: 
     if unsupported:
         raise ValueError(f"backend {backend!r}: {unsupported}; use backend='reference'")
     if reason := _why_not(backend):
-        raise native.BackendError(f"backend {backend!r} cannot run: {reason}")
+        raise BackendError(f"backend {backend!r} cannot run: {reason}")
     return backend
 
 
@@ -136,7 +134,7 @@ def forced_problem() -> str | None:
 def check_forced() -> None:
     """ValueError or BackendError if ``$DIS_SSM_BACKEND`` forces what cannot run."""
     if reason := forced_problem():
-        kind = native.BackendError if _forced() in BACKENDS else ValueError
+        kind = BackendError if _forced() in BACKENDS else ValueError
         raise kind(f"DIS_SSM_BACKEND={_forced()} cannot run: {reason}")
 
 
@@ -145,20 +143,20 @@ def backend_report() -> list[str]:
     reasons = {backend: _why_not(backend) for backend in ("cuda", "cpu", "mamba_ssm")}
     if reasons["cpu"] is None:
         threads = f"{torch.get_num_threads()} threads"
-        if not native.library().dis_ssm_has_openmp():
+        if not cpu.library().dis_ssm_has_openmp():
             threads = "1 thread, the compiler has no OpenMP"
     lines = []
     for backend, reason in reasons.items():
         if reason:
             lines.append(f"{backend}: not available: {reason}")
         elif backend == "cpu":
-            lines.append(f"cpu: native kernels, {native.instruction_set()}, {threads}")
+            lines.append(f"cpu: native kernels, {cpu.instruction_set()}, {threads}")
         elif backend == "cuda":
             lines.append(f"cuda: fused kernels on {torch.cuda.get_device_name()}")
         else:
             lines.append("mamba_ssm: for comparison; never chosen by itself")
     lines.append("reference: plain PyTorch, every device and dtype")
-    lines.append(cache.report())
+    lines.append(kernel_cache.report())
     if forced := _forced():
         reason = forced_problem()
         refused = f" and cannot run: {reason}" if reason else ""

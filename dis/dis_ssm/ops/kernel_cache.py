@@ -1,7 +1,7 @@
 """Where compiled kernels are kept, and whose may be run.
 
-A kernel is machine code: whoever can write it is whoever runs it. The cache is ``$DIS_SSM_CACHE``,
-or ``dis_ssm`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. What lies there is used only if it and its
+A kernel is machine code: whoever can write it is whoever runs it. The cache is `$DIS_SSM_CACHE`,
+or `dis_ssm` in `$XDG_CACHE_HOME` or `~/.cache`. What lies there is used only if it and its
 folder belong to this user or to root and nobody else can write them; otherwise kernels are compiled
 anew in another folder, and one line says why. Files end in the SHA-256 of their contents, against
 damage, and appear whole or not at all.
@@ -17,10 +17,13 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger("dis_ssm")
+
+T = TypeVar("T")
 
 DRAFT = "draft-"
 DRAFT_LIFE = 3600  # seconds; nothing compiles for so long
@@ -28,8 +31,59 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _DIGEST = hashlib.sha256().digest_size
 
 
+class BackendError(RuntimeError):
+    """Kernels cannot run here; the message says why and what would help."""
+
+
+def fingerprint(options: str, sources: Path) -> str:
+    """Of what compiled kernels depend on: compiler options, and all files in a folder."""
+    key = hashlib.sha256(options.encode())
+    for path in sorted(sources.iterdir()):
+        key.update(path.name.encode() + path.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def obtain(name: str, make: Callable[[Path], None], load: Callable[[Path, bytes], T]) -> T:
+    """The kernels that are kept under a name, compiled if they are not.
+
+    Args:
+        name: the file's name, with the `fingerprint` of what it is made from.
+        make: compiles kernels that load to the path it is given.
+        load: gets path and contents of a file. Kept kernels that it refuses with an OSError are
+            compiled anew.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        BackendError: no folder can be written. What `make` raises is passed on.
+    """
+    path, data = find(name)
+    if data is not None:
+        try:
+            return load(path, data)
+        except OSError as error:
+            say_once(f"{path} does not load ({error}) and is compiled anew")
+    try:
+        return _compile(path, make, load)
+    except OSError as error:
+        say_once(f"compiled kernels are not kept in {path.parent}: {error}")
+    folder = private_folder()
+    try:
+        return _compile(folder / name, make, load)
+    except OSError as error:
+        remedy = "set DIS_SSM_CACHE to a folder that can be written"
+        raise BackendError(f"cannot write kernels to {folder}: {error}; {remedy}") from None
+
+
+def _compile(path: Path, make: Callable[[Path], None], load: Callable[[Path, bytes], T]) -> T:
+    with draft(path) as unfinished:
+        make(unfinished)
+        return load(unfinished, unfinished.read_bytes())
+
+
 def find(name: str) -> tuple[Path, bytes | None]:
-    """Where the file ``name`` is, and its contents; None if it must be made there."""
+    """Where the file `name` is, and its contents; None if it must be made there."""
     for folder in _folders():
         reason = _unusable(folder)
         if reason is None:
@@ -44,14 +98,9 @@ def find(name: str) -> tuple[Path, bytes | None]:
     return path, read(path)
 
 
-def cache_dir() -> Path:
-    """The folder that new kernels go to."""
-    return find("kernels")[0].parent
-
-
 def read(path: Path) -> bytes | None:
     """The contents of a kernel's file without their digest; None if it is missing, damaged, or
-    could have been written by others. The folder must have been found by :func:`find`."""
+    could have been written by others. The folder must have been found by `find`."""
     try:
         fd = os.open(
             path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -73,7 +122,7 @@ def read(path: Path) -> bytes | None:
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """An empty file beside ``path`` to be filled, which then gets its digest and replaces it.
+    """An empty file beside `path` to be filled, which then gets its digest and replaces it.
 
     Raises:
         OSError: the folder cannot be written.
@@ -89,12 +138,6 @@ def draft(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def install(path: Path, data: bytes) -> None:
-    """Writes ``data`` as the kernel's file, whole or not at all. Raises OSError."""
-    with draft(path) as unfinished:
-        unfinished.write_bytes(data)
 
 
 def report() -> str:
@@ -124,7 +167,7 @@ def _folders() -> list[Path]:
 
 
 def _unusable(folder: Path) -> str | None:
-    """Why kernels in ``folder``, made if need be, cannot be trusted or kept; None if they can."""
+    """Why kernels in `folder`, made if need be, cannot be trusted or kept; None if they can."""
     try:
         for missing in (p for p in (*reversed(folder.parents), folder) if not p.exists()):
             missing.mkdir(mode=0o755, exist_ok=True)
@@ -139,7 +182,7 @@ def _unusable(folder: Path) -> str | None:
 
 
 def _foreign(path: Path, status: os.stat_result, may_be_shared: bool = False) -> str | None:
-    """Why others than this user and root could have put what is at ``path``; None if not."""
+    """Why others than this user and root could have put what is at `path`; None if not."""
     if not hasattr(os, "geteuid"):  # Windows keeps its cache in the user's profile
         return None
     if status.st_uid not in (0, os.geteuid()):

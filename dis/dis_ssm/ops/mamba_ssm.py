@@ -10,6 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
+from dis_ssm.ops import reference
+
 
 @functools.cache
 def why_not() -> str | None:
@@ -23,7 +25,7 @@ def why_not() -> str | None:
 
 
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse) -> Tensor:
-    """mamba-ssm's ``selective_scan_fn``; see :func:`dis_ssm.ops.selective_scan`."""
+    """mamba-ssm's ``selective_scan_fn``; see `dis_ssm.ops.selective_scan`."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     dtype = x.dtype
@@ -32,13 +34,31 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse) -> Tenso
     return _ours(selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, dt_softplus), reverse)
 
 
+def bidirectional_selective_scan(
+    x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z, dt_bias_f, dt_bias_b,
+    dt_softplus,
+) -> Tensor:  # fmt: skip
+    """Two scans and their gated sum; see `dis_ssm.ops.bidirectional_selective_scan`."""
+    y_f = selective_scan(x_f, dt_f, A_f, B_f, C_f, D_f, None, dt_bias_f, dt_softplus, False)
+    y_b = selective_scan(x_b, dt_b, A_b, B_b, C_b, D_b, None, dt_bias_b, dt_softplus, True)
+    return reference.gated_sum(y_f, y_b, z)
+
+
 def causal_conv1d(x, weight, bias, activation, reverse) -> Tensor:
-    """causal-conv1d's ``causal_conv1d_fn``; see :func:`dis_ssm.ops.causal_conv1d`."""
+    """causal-conv1d's ``causal_conv1d_fn``; see `dis_ssm.ops.causal_conv1d`."""
     from causal_conv1d import causal_conv1d_fn
 
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     y = causal_conv1d_fn(_theirs(x, x.dtype, reverse), weight, bias, activation=activation)
     return _ours(y, reverse)
+
+
+def bidirectional_causal_conv1d(
+    x, weight_f, weight_b, bias_f, bias_b, activation
+) -> tuple[Tensor, Tensor]:
+    """Two convolutions; see `dis_ssm.ops.bidirectional_causal_conv1d`."""
+    y_f = causal_conv1d(x, weight_f, bias_f, activation, False)
+    return y_f, causal_conv1d(x, weight_b, bias_b, activation, True)
 
 
 def _theirs(x: Tensor | None, dtype: torch.dtype, reverse: bool) -> Tensor | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dis_ssm.ops import cpu as native
+from dis_ssm.ops import cpu, cpu_abi, reference
 from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
 
 
@@ -34,27 +33,20 @@ def add_rms_norm(
     if narrow and not torch.compiler.is_compiling() and select(None, *inputs) == "cpu":
         normed, stream, _ = norm_op(h, residual, weight, eps)
         return normed, stream
-    return add_rms_norm_reference(h, residual, weight, eps)
-
-
-def add_rms_norm_reference(h, residual, weight, eps=1e-5) -> tuple[Tensor, Tensor]:
-    """:func:`add_rms_norm` in plain PyTorch: any device, any floating dtype."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    stream = h.to(wide) if residual is None else residual + h
-    return F.rms_norm(stream, stream.shape[-1:], weight.to(stream.dtype), eps), stream
+    return reference.add_rms_norm(h, residual, weight, eps)
 
 
 @torch.library.custom_op("dis_ssm::norm", mutates_args=(), device_types="cpu")
 def norm_op(h: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
     """normed, stream and rstd (...,), float32."""
     held = [None if t is None else t.float().contiguous() for t in (h, residual, weight)]
-    normed, stream = native.empty(h.shape), native.empty(h.shape)
-    rstd = native.empty(h.shape[:-1])
+    normed, stream = cpu.empty(h.shape), cpu.empty(h.shape)
+    rstd = cpu.empty(h.shape[:-1])
     shapes = (h.shape, h.shape, h.shape[-1:])
-    call = native.Norm(rstd.numel(), h.shape[-1], eps, *map(native.pointer, held, shapes))
-    call.stream, call.normed = native.pointer(stream, h.shape), native.pointer(normed, h.shape)
-    call.rstd = native.pointer(rstd, h.shape[:-1])
-    native.run("norm_forward", call)
+    call = cpu_abi.Norm(rstd.numel(), h.shape[-1], eps, *map(cpu.pointer, held, shapes))
+    call.stream, call.normed = cpu.pointer(stream, h.shape), cpu.pointer(normed, h.shape)
+    call.rstd = cpu.pointer(rstd, h.shape[:-1])
+    cpu.run("norm_forward", call)
     return [normed, stream, rstd]
 
 
@@ -72,12 +64,12 @@ def norm_backward_op(
     grads = [None if t is None else t.float().contiguous() for t in (dnormed, dstream)]
     weight = weight.float().contiguous()
     full, width = stream.shape, stream.shape[-1:]
-    dx, dweight = native.empty(full), native.empty(width)
-    call = native.Norm(rstd.numel(), stream.shape[-1], weight=native.pointer(weight, width))
-    call.stream, call.rstd = native.pointer(stream, full), native.pointer(rstd, full[:-1])
-    call.dnormed, call.dstream = (native.pointer(grad, full) for grad in grads)
-    call.dx, call.dweight = native.pointer(dx, full), native.pointer(dweight, width)
-    native.run("norm_backward", call)
+    dx, dweight = cpu.empty(full), cpu.empty(width)
+    call = cpu_abi.Norm(rstd.numel(), stream.shape[-1], weight=cpu.pointer(weight, width))
+    call.stream, call.rstd = cpu.pointer(stream, full), cpu.pointer(rstd, full[:-1])
+    call.dnormed, call.dstream = (cpu.pointer(grad, full) for grad in grads)
+    call.dx, call.dweight = cpu.pointer(dx, full), cpu.pointer(dweight, width)
+    cpu.run("norm_backward", call)
     return [dx, dweight]
 
 

@@ -7,14 +7,13 @@ direction is index arithmetic: nothing is flipped or transposed in memory.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from dis_ssm.ops import cpu as native
-from dis_ssm.ops import cuda
-from dis_ssm.ops import mamba_ssm as peer
-from dis_ssm.ops.dispatch import no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops import cpu, cpu_abi, cuda
+from dis_ssm.ops.dispatch import PLAIN, no_second_derivative, refuse_batched_gradients, select
+from dis_ssm.ops.tensors import ScanInputs, ScanTensors, as_returned
+
+CHUNK = cpu.CHUNK
 
 
 def selective_scan(
@@ -55,12 +54,13 @@ def selective_scan(
         ValueError: shapes that do not fit, devices that differ, or an unknown backend.
         RuntimeError: a forced backend that cannot run here.
     """
-    forward = (x, dt, A, B, C, D, dt_bias)
-    _check(z, dict(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias))
-    chosen = select(backend, *forward, z, unsupported=_limit(x, A))
+    f = ScanTensors(x, dt, A, B, C, D, dt_bias)
+    _check(f, z)
+    chosen = select(backend, *f, z, unsupported=_limit(f))
     if chosen in PLAIN:
-        return PLAIN[chosen](x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
-    return _native(forward, (None,) * 7, z, dt_softplus, reverse)
+        scan = PLAIN[chosen].selective_scan
+        return scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+    return _native(ScanInputs(f, None, z), dt_softplus, reverse)
 
 
 def bidirectional_selective_scan(
@@ -84,87 +84,66 @@ def bidirectional_selective_scan(
 ) -> Tensor:
     """``(scan_f + scan_b) * silu(z)``, scan_b running from the last token to the first.
 
-    Args and errors are those of :func:`selective_scan`, one set a direction. Returns (b, l, d).
+    Args and errors are those of `selective_scan`, one set a direction. Returns (b, l, d).
     """
-    forward = (x_f, dt_f, A_f, B_f, C_f, D_f, dt_bias_f)
-    backward = (x_b, dt_b, A_b, B_b, C_b, D_b, dt_bias_b)
-    _check(z, dict(x_f=x_f, dt_f=dt_f, A_f=A_f, B_f=B_f, C_f=C_f, D_f=D_f, dt_bias_f=dt_bias_f))
-    _check(z, dict(x_b=x_b, dt_b=dt_b, A_b=A_b, B_b=B_b, C_b=C_b, D_b=D_b, dt_bias_b=dt_bias_b))
+    f = ScanTensors(x_f, dt_f, A_f, B_f, C_f, D_f, dt_bias_f)
+    b = ScanTensors(x_b, dt_b, A_b, B_b, C_b, D_b, dt_bias_b)
+    _check(f, z, "_f")
+    _check(b, z, "_b")
     if x_f.shape != x_b.shape:
         raise ValueError(f"x_b must have x_f's shape {tuple(x_f.shape)}, got {tuple(x_b.shape)}")
-    limit = _limit(x_f, A_f, A_b)
-    chosen = select(backend, *forward, *backward, z, unsupported=limit)
+    chosen = select(backend, *f, *b, z, unsupported=_limit(f, b))
     if chosen in PLAIN:
-        y_f = PLAIN[chosen](*forward[:6], None, dt_bias_f, dt_softplus, False)
-        y_b = PLAIN[chosen](*backward[:6], None, dt_bias_b, dt_softplus, True)
-        wide = torch.promote_types(x_f.dtype, torch.float32)
-        y = y_f.to(wide) + y_b.to(wide)
-        return (y if z is None else y * F.silu(z.to(wide))).to(x_f.dtype)
-    return _native(forward, backward, z, dt_softplus, False)
+        return PLAIN[chosen].bidirectional_selective_scan(
+            x_f, x_b, dt_f, dt_b, A_f, A_b, B_f, B_b, C_f, C_b, D_f, D_b, z,
+            dt_bias_f, dt_bias_b, dt_softplus,
+        )  # fmt: skip
+    return _native(ScanInputs(f, b, z), dt_softplus, False)
 
 
-def selective_scan_reference(
-    x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=True, reverse=False
-) -> Tensor:
-    """:func:`selective_scan` token by token in plain PyTorch: any device, any floating dtype."""
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = x.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        x, dt, B, C = (t.to(wide) for t in (x, dt, B, C))
-        A = A.to(wide).T
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(wide)
-        if dt_softplus:
-            dt = F.softplus(dt)
-        tokens = list(zip(dt.unbind(1), (dt * x).unbind(1), B.unbind(1), C.unbind(1), strict=True))
-        h, outputs = x.new_zeros(x.shape[0], *A.shape), []
-        for dt_t, dtx_t, B_t, C_t in reversed(tokens) if reverse else tokens:
-            h = torch.exp(dt_t[:, None] * A) * h + B_t[..., None] * dtx_t[:, None]
-            outputs.append((C_t[:, None] @ h).squeeze(1))
-        y = torch.stack(outputs[::-1] if reverse else outputs, 1) if outputs else x
-        if D is not None:
-            y = y + D.to(wide) * x
-        if z is not None:
-            y = y * F.silu(z.to(wide))
-        return y.to(dtype)
-
-
-PLAIN = {"reference": selective_scan_reference, "mamba_ssm": peer.selective_scan}
-
-
-def _check(z: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
-    (name_x, x), _, (name_A, A), *_ = tensors.items()
+def _check(tensors: ScanTensors, z: Tensor | None, suffix: str = "") -> None:
+    """ValueError for the first argument that does not fit; suffix ends its name."""
+    x, A = tensors.x, tensors.A
     if x.ndim != 3:
-        raise ValueError(f"{name_x} must be (batch, length, channels), got shape {tuple(x.shape)}")
+        shape = tuple(x.shape)
+        raise ValueError(f"x{suffix} must be (batch, length, channels), got shape {shape}")
     batch, length, channels = x.shape
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] < 1:
         shape = tuple(A.shape)
-        raise ValueError(f"{name_A} must be (channels {channels}, state >= 1), got {shape}")
-    token = (batch, length, A.shape[1])
-    shapes = [x.shape, x.shape, A.shape, token, token, (channels,), (channels,)]
-    for (name, t), shape in zip([*tensors.items(), ("z", z)], [*shapes, x.shape], strict=True):
+        raise ValueError(f"A{suffix} must be (channels {channels}, state >= 1), got {shape}")
+    shapes = _shapes(batch, length, channels, A.shape[1])
+    names = [f"{name}{suffix}" for name in ScanTensors._fields]
+    rows = zip([*names, "z"], [*tensors, z], [*shapes, shapes.x], strict=True)
+    for name, t, shape in rows:
         if t is None:
             continue
-        if t.shape != tuple(shape):
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+        if t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, the rest on {x.device}")
         if not t.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {t.dtype}")
 
 
-def _limit(x: Tensor, *matrices: Tensor) -> str:
-    sizes = {A.shape[1] for A in matrices}
+def _shapes(batch: int, length: int, channels: int, state: int) -> ScanTensors:
+    tokens, states, vector = (batch, length, channels), (batch, length, state), (channels,)
+    return ScanTensors(tokens, tokens, (channels, state), states, states, vector, vector)
+
+
+def _limit(*directions: ScanTensors) -> str:
+    """Why the kernels do not take this call, if they do not."""
+    sizes = {tensors.A.shape[1] for tensors in directions}
     if len(sizes) > 1:
         return f"two state sizes {sorted(sizes)} in one call"
-    too_many = x.is_cuda and max(sizes) > cuda.MAX_STATE
+    too_many = directions[0].x.is_cuda and max(sizes) > cuda.MAX_STATE
     return f"state size {max(sizes)} > {cuda.MAX_STATE} on a GPU" if too_many else ""
 
 
-def _native(forward: tuple, backward: tuple, z: Tensor | None, dt_softplus: bool, reverse: bool):
-    tensors = [t for t in (*forward, *backward, z) if t is not None]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return scan_op(*forward, *backward, z, dt_softplus, reverse, save)[0]
+def _native(given: ScanInputs, dt_softplus: bool, reverse: bool) -> Tensor:
+    tensors = given.flat()
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out, _, _ = scan_op(*tensors, dt_softplus, reverse, save)
+    return out
 
 
 # ---- the native op ---------------------------------------------------------------------------
@@ -191,21 +170,23 @@ def scan_op(
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scans direction f (reversed if ``reverse``), and b against it when x_b is given.
+    """Scans direction f (reversed if `reverse`), and b against it when x_b is given.
 
     Returns (out, sum before the gate, states at chunk starts); the last two are for the backward
-    pass, empty unless ``save`` (and a gate) asks for them.
+    pass, empty unless `save` (and a gate) asks for them.
     """
-    inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
-    call = _Call(inputs, dt_softplus, reverse)
-    out = native.empty(x_f.shape)
-    pregate = native.empty(x_f.shape if save and z is not None else (0,))
-    states = native.empty(call.states_shape if save else (0,))
-    call.scan.out = native.pointer(out, x_f.shape)
+    given = ScanInputs.from_flat(
+        x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z
+    )
+    call = _Call(given, dt_softplus, reverse)
+    out = cpu.empty(x_f.shape)
+    pregate = cpu.empty(x_f.shape if save and z is not None else (0,))
+    states = cpu.empty(call.states_shape if save else (0,))
+    call.scan.out = cpu.pointer(out, x_f.shape)
     if save:
         call.keep_states(states)
-        call.scan.pregate = None if z is None else native.pointer(pregate, x_f.shape)
-    native.run("scan_forward", call.scan)
+        call.scan.pregate = None if z is None else cpu.pointer(pregate, x_f.shape)
+    cpu.run("scan_forward", call.scan)
     return out.to(x_f.dtype), pregate, states
 
 
@@ -213,11 +194,12 @@ scan_op.register_kernel("cuda")(cuda.scan_forward)
 
 
 @scan_op.register_fake
-def _(*args):
-    x, x_b, A, z, save = args[0], args[7], args[2], args[14], args[17]
+def _(*arguments):
+    *tensors, _, _, save = arguments
+    given = ScanInputs.from_flat(*tensors)
+    x, A, z, directions = given.f.x, given.f.A, given.z, len(given.directions())
     pregate = x.new_empty(x.shape if save and z is not None else 0, dtype=torch.float32)
     batch, length, channels = x.shape
-    directions = 1 if x_b is None else 2
     chunks = -(-length // (cuda.CHUNK if x.is_cuda else CHUNK))
     shape = (directions, batch, chunks, A.shape[1], channels) if save else 0
     return x.new_empty(x.shape), pregate, x.new_empty(shape, dtype=torch.float32)
@@ -246,32 +228,37 @@ def scan_backward_op(
     dt_softplus: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """The gradients of :func:`scan_op`'s fifteen tensors, in order; empty where one was None."""
-    inputs = (x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z)
-    call = _Call(inputs, dt_softplus, reverse)
+    """The gradients of `scan_op`'s fifteen tensors, in order; empty where one was None."""
+    given = ScanInputs.from_flat(
+        x_f, dt_f, A_f, B_f, C_f, D_f, bias_f, x_b, dt_b, A_b, B_b, C_b, D_b, bias_b, z
+    )
+    call = _Call(given, dt_softplus, reverse)
     call.keep_states(states)
-    dout, pregate = native.float_rows(dout), pregate.contiguous()
-    grads = [None if t is None else native.empty(t.shape) for t in inputs]
-    call.scan.dout = native.rows(dout, x_f.shape)
-    call.scan.pregate = None if z is None else native.pointer(pregate, x_f.shape)
-    call.scan.dz = native.pointer(grads[14], x_f.shape)
-    names = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias")
-    for direction, group in zip(call.scan.direction, (grads[:7], grads[7:14]), strict=True):
-        for name, grad, shape in zip(names, group, call.shapes, strict=True):
-            setattr(direction, name, native.pointer(grad, shape))
-    native.run("scan_backward", call.scan)
-    return [
-        x_f.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)
-    ]
+    dout, pregate = cpu.float_rows(dout), pregate.contiguous()
+    grads = given.each(lambda t: cpu.empty(t.shape))
+    call.scan.dout = cpu.rows(dout, x_f.shape)
+    call.scan.pregate = None if z is None else cpu.pointer(pregate, x_f.shape)
+    call.scan.dz = cpu.pointer(grads.z, x_f.shape)
+    for direction, grad in zip(call.scan.direction, grads.directions(), strict=False):
+        direction.dx = cpu.pointer(grad.x, call.shapes.x)
+        direction.ddt = cpu.pointer(grad.dt, call.shapes.dt)
+        direction.dA = cpu.pointer(grad.A, call.shapes.A)
+        direction.dB = cpu.pointer(grad.B, call.shapes.B)
+        direction.dC = cpu.pointer(grad.C, call.shapes.C)
+        direction.dD = cpu.pointer(grad.D, call.shapes.D)
+        direction.ddt_bias = cpu.pointer(grad.dt_bias, call.shapes.dt_bias)
+    cpu.run("scan_backward", call.scan)
+    return as_returned(grads.flat(), given.flat(), x_f)
 
 
 scan_backward_op.register_kernel("cuda")(cuda.scan_backward)
 
 
 @scan_backward_op.register_fake
-def _(dout, pregate, states, *args):
-    x = args[0]
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in args[:15]]
+def _(dout, pregate, states, *arguments):
+    x, *_ = arguments
+    *tensors, _, _ = arguments
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
 
 def _setup_context(ctx, inputs, output):
@@ -283,73 +270,56 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, *_):
     if dout is None:
-        return (None,) * 18
+        return (None,) * len(ctx.needs_input_grad)
     if not ctx.saved:
         raise RuntimeError("the states for the backward pass were not kept")
     refuse_batched_gradients(dout)
     pregate, states, *tensors = ctx.saved_tensors
     grads = scan_backward_op(dout, pregate, states, *tensors, ctx.dt_softplus, ctx.reverse)
-    needs = ctx.needs_input_grad[:15]
+    *needs, _, _, _ = ctx.needs_input_grad
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
 scan_backward_op.register_autograd(no_second_derivative)
 
-# For each token, channel and state of a direction, an exponential counted as one: ΔA, exp, h (3)
-# and C·h (2); backwards the first five again and g (2), g a h', dC, dB, g·B, dΔ, dA (2 each), a g.
-_FORWARD_FLOPS, _BACKWARD_FLOPS = 7, 19
-
-
-@register_flop_formula(torch.ops.dis_ssm.scan)
-def _(x, dt, A, B, C, D, bias, x_b, *args, **kwargs) -> int:
-    batch, length, channels = x
-    return (1 if x_b is None else 2) * _FORWARD_FLOPS * batch * length * channels * A[1]
-
-
-@register_flop_formula(torch.ops.dis_ssm.scan_backward)
-def _(dout, pregate, states, x, dt, A, B, C, D, bias, x_b, *args, **kwargs) -> int:
-    batch, length, channels = x
-    return (1 if x_b is None else 2) * _BACKWARD_FLOPS * batch * length * channels * A[1]
-
-
-CHUNK = native.CHUNK
-
 
 class _Call:
     """The kernel's argument block; keeps the float32 tensors behind its pointers alive."""
 
-    def __init__(self, inputs: tuple, dt_softplus: bool, reverse: bool):
-        x, A, x_b, z = inputs[0], inputs[2], inputs[7], inputs[14]
-        batch, length, channels = x.shape
-        state, directions = A.shape[1], 1 if x_b is None else 2
-        token = (batch, length, state)
-        vector = (channels,)
-        self.shapes = (x.shape, x.shape, (channels, state), token, token, vector, vector)
-        self.states_shape = (directions, batch, -(-length // CHUNK), state, channels)
-        self.scan = native.Scan(batch, length, channels, state, directions, dt_softplus)
+    def __init__(self, given: ScanInputs, dt_softplus: bool, reverse: bool):
+        batch, length, channels = given.f.x.shape
+        state, directions = given.f.A.shape[1], given.directions()
+        self.shapes = _shapes(batch, length, channels, state)
+        self.states_shape = (len(directions), batch, -(-length // CHUNK), state, channels)
+        self.scan = cpu_abi.Scan(batch, length, channels, state, len(directions), dt_softplus)
         self.keep = []
-        for i in range(directions):
-            given = list(zip(inputs[7 * i : 7 * i + 7], self.shapes, strict=True))
-            rows = [native.rows(self._hold(native.float_rows(t)), s) for t, s in given[:2]]
-            rows += [native.rows(self._hold(native.float_rows(t)), s) for t, s in given[3:5]]
-            vectors = [native.pointer(self._vector(t), s) for t, s in (given[2], *given[5:])]
-            self.scan.direction[i] = native.ScanDirection(
-                *rows, *vectors, reverse=(i == 1) != reverse
+        for i, tensors in enumerate(directions):
+            self.scan.direction[i] = cpu_abi.ScanDirection(
+                x=self._rows(tensors.x, self.shapes.x),
+                dt=self._rows(tensors.dt, self.shapes.dt),
+                B=self._rows(tensors.B, self.shapes.B),
+                C=self._rows(tensors.C, self.shapes.C),
+                A=self._vector(tensors.A, self.shapes.A),
+                D=self._vector(tensors.D, self.shapes.D),
+                dt_bias=self._vector(tensors.dt_bias, self.shapes.dt_bias),
+                reverse=(i == 1) != reverse,
             )
-        z = None if z is None else self._hold(native.float_rows(z))
-        self.scan.z = native.rows(z, x.shape)
+        self.scan.z = self._rows(given.z, self.shapes.x)
+
+    def _rows(self, t: Tensor | None, shape: tuple[int, ...]) -> cpu_abi.Rows:
+        return cpu.rows(None if t is None else self._hold(cpu.float_rows(t)), shape)
+
+    def _vector(self, t: Tensor | None, shape: tuple[int, ...]) -> int | None:
+        return cpu.pointer(None if t is None else self._hold(t.float().contiguous()), shape)
 
     def _hold(self, t: Tensor) -> Tensor:
         self.keep.append(t)
         return t
 
-    def _vector(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else self._hold(t.float().contiguous())
-
     def keep_states(self, states: Tensor) -> None:
         """Where the state at the start of each chunk is written to, or read from."""
         states = self._hold(states.contiguous())
-        native.pointer(states, self.states_shape)
+        cpu.pointer(states, self.states_shape)
         for direction, part in zip(self.scan.direction, states, strict=False):
             direction.states = part.data_ptr()

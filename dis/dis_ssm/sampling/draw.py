@@ -1,15 +1,17 @@
-"""Between the model's numbers and pictures: uint8, numbered sets of samples, grids.
+"""Numbered samples of a model: sample i depends on (seed, i) and on its condition alone.
 
 Images are (n, C, H, W); model space is float32 in [-1, 1].
 """
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dis_ssm.condition import Conditioning, rows, take, to
 from dis_ssm.config import SampleConfig
 from dis_ssm.data.images import to_uint8
 from dis_ssm.diffusion.gaussian import Diffusion
@@ -32,7 +34,7 @@ def samples_name(
     return "-".join(map(str, [*parts, "num", settings.num, "seed", settings.seed]))
 
 
-def draw_images(*arguments, **options) -> Tensor:
+def draw_images(*arguments: Any, **options: Any) -> Tensor:
     """`draw_samples` as uint8."""
     return to_uint8(draw_samples(*arguments, **options))
 
@@ -43,18 +45,29 @@ def draw_samples(
     diffusion: Diffusion,
     shape: tuple[int, int, int],
     indices: Sequence[int],
-    labels: Tensor | None,
+    y: Conditioning,
     settings: SampleConfig,
     *,
     progress: bool = False,
-    callback: Callable[[], None] = lambda: None,
+    callback: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Samples `indices` of `shape` (C, H, W) on the CPU, float32 in model space, not clipped.
 
-    Sample i depends on (settings.seed, i): all its noise comes from generator i. labels are int64,
-    one for each of `indices`, or None. The model is used as it is; put it in eval mode first. Calls
-    `callback` after each sampling step. Warns of samples that are not finite.
+    All noise of sample i comes from generator i, seeded by (settings.seed, i), so a sample does not
+    depend on the others. Warns of samples that are not finite.
+
+    Args:
+        model: used as it is, on its device; put it in eval mode first.
+        y: one row for each of `indices`, on any device; None for a model without conditions.
+        settings: sampler, steps, guidance, seed and the size of a batch.
+        progress: show a bar.
+        callback: called after each sampling step of each batch.
+
+    Raises:
+        ValueError: y has not one row for each index, or as `sample`.
     """
+    if y is not None and rows(y) != len(indices):
+        raise ValueError(f"y has {rows(y)} rows for {len(indices)} images: give one per image")
     device = next(model.parameters()).device
     places = torch.arange(len(indices)).split(settings.batch_size)
     parts = [torch.empty(0, *shape)]
@@ -70,7 +83,7 @@ def draw_samples(
                 model,
                 diffusion,
                 image_noise(shape, generators, device),
-                None if labels is None else labels[place].to(device),
+                to(take(y, place), device),
                 steps=settings.steps,
                 sampler=settings.sampler,
                 eta=settings.eta,

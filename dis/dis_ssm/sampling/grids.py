@@ -18,7 +18,7 @@ FORMATS = (".png", ".npz")
 
 
 def label_columns(num: int, classes: list[int]) -> tuple[Tensor | None, int]:
-    """Labels (num,) that fill a grid row by row with one class a column, and its column count.
+    """int64 labels (num,) that fill a grid row by row, one class a column, and its column count.
 
     Without classes there are no labels and the grid is about square, as with more classes than
     `MAX_COLUMNS`.
@@ -30,9 +30,14 @@ def label_columns(num: int, classes: list[int]) -> tuple[Tensor | None, int]:
 
 
 def make_grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
-    """uint8 images, row by row, on white; nearest-neighbour enlarged `scale` times.
+    """A picture of uint8 images (n, C, H, W), row by row, on white.
 
-    `scale` None enlarges to at least `VISIBLE` pixels a side.
+    Args:
+        columns: images in a row.
+        scale: nearest-neighbour enlargement; None enlarges to at least `VISIBLE` pixels a side.
+
+    Raises:
+        ValueError: the images are neither grey nor RGB.
     """
     n, channels, height, width = images.shape
     if channels not in VISIBLE_CHANNELS:
@@ -50,14 +55,20 @@ def make_grid(images: Tensor, columns: int, scale: int | None = None) -> Image.I
 
 
 def check_format(path: Path) -> None:
+    """Raises ValueError unless `save_images` can write a file of this name."""
     if path.suffix not in FORMATS:
         raise ValueError(f"cannot write {path}: give a name that ends in {' or '.join(FORMATS)}")
 
 
 def save_images(images: Tensor, labels: Tensor | None, path: Path, columns: int = 1) -> None:
-    """Write uint8 images as a grid (.png) or as ADM's arrays (.npz): arr_0 (n, H, W, C), arr_1 the
-    labels; float samples keep (n, C, H, W). The folder is made if need be; a reader sees a whole
-    file or none."""
+    """Write images (n, C, H, W) as a grid (.png) or as ADM's arrays (.npz).
+
+    The arrays are arr_0, uint8 images (n, H, W, C) or float samples (n, C, H, W), and arr_1, the
+    labels (n,) if there are any. The folder is made if need be; a reader sees a whole file or none.
+
+    Raises:
+        ValueError: a name that ends otherwise, or a grid of images that are neither grey nor RGB.
+    """
     check_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with drafted(path) as draft:

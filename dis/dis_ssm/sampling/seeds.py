@@ -6,11 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dis_ssm.diffusion.process import (
-    draw,
-)
-
-# -- seeds ---------------------------------------------------------------------------------------
+from dis_ssm.diffusion.process import draw
 
 
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
@@ -22,6 +18,9 @@ def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]
     PyTorch's CPU generator uses the low 32 bits of its seed only, and among 50,000 images hashed to
     32 bits two would likely share their noise. Here the low bits are a permutation of the index (a
     Feistel network keyed by the seed), so no two images of one seed can.
+
+    Raises:
+        ValueError: an index out of its range.
     """
     return [torch.Generator().manual_seed(_image_seed(seed, index)) for index in indices]
 

@@ -28,7 +28,11 @@ def keep_class_names(run: Path, names: Sequence[str]) -> None:
 
 
 def class_names(run: Path) -> tuple[str, ...]:
-    """The names that `run` keeps; none if it has none, as runs of version 0.1.0."""
+    """The names that `run` keeps; none if it has none, as runs of version 0.1.0.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = run / CLASSES
     if not os.path.lexists(path):
         return ()
@@ -39,10 +43,13 @@ def class_names(run: Path) -> tuple[str, ...]:
 
 
 def class_labels(wanted: Sequence[str], names: Sequence[str], count: int) -> tuple[int, ...]:
-    """The labels 0 to count - 1 that `wanted`, names or numbers, mean; ValueError with near names.
+    """The labels 0 to count - 1 that `wanted`, names or numbers, mean.
 
     What is both, the number of one class and the name of another, is taken as the number, with a
     warning.
+
+    Raises:
+        ValueError: one is neither; it says which names are near.
     """
     return tuple(_label(one, names, count) for one in wanted)
 

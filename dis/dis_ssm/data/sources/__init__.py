@@ -42,7 +42,11 @@ OPENERS: dict[str, Callable[[Path, str], Pixels | Files]] = {
 
 
 def recognise(source: str | Path) -> tuple[str, Path]:
-    """The kind of `source` (a key of `OPENERS`) and its path; ValueError if it is none."""
+    """The kind of `source` (a key of `OPENERS`) and its path.
+
+    Raises:
+        ValueError: it is no name, folder or file of a known kind.
+    """
     if str(source) == "digits":
         return "digits", Path("digits")
     if str(source) == "fashion-mnist":
