@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dis_ssm.metrics.extractors import TF_2015
+from dis_ssm.system.tables import format_table
 
 PUBLISHED = 50_000  # samples of FID-50K
 PUBLISHED_REFERENCES = 10_000  # of precision and recall
@@ -77,15 +78,8 @@ def format_report(report: dict) -> str:
                 "-" if low_high is None else "{:.4f} .. {:.4f}".format(*low_high),
             )
         )
-    rows += [
-        (_title(name), "not available:", why, "") for name, why in report["unavailable"].items()
-    ]
-    widths = [max(len(row[i]) for row in rows[: 1 + len(report["scores"])]) for i in range(3)]
-    widths[1] = max(len(row[1]) for row in rows)
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    ]
+    lines = [format_table(rows)]
+    lines += [f"{_title(name)} not available: {why}" for name, why in report["unavailable"].items()]
     settings, run = report["settings"], report["run"]
     extractor = settings["extractor"]
     weights = f", weights {extractor['weights'][:8]}" if extractor["weights"] else ""
