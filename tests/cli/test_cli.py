@@ -38,13 +38,6 @@ from dis_ssm.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def restored_warnings(monkeypatch):
-    import warnings
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A model of digits, trained for two steps, so that samples of other classes differ."""

@@ -25,13 +25,6 @@ TINY += "--train.batch-size 4 --train.log-every 1 --sample.every 0 --sample.step
 TINY += "--sample.num 6 --data.image-size 8 --diffusion.num-steps 50".split()
 
 
-@pytest.fixture(autouse=True)
-def restored_warnings(monkeypatch):
-    import warnings
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Nine images of three classes for training, six held out."""
