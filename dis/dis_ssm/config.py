@@ -13,13 +13,12 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.system.reading import parsing, read_json, read_text
 
 Schedule = Literal["linear", "cosine"]
@@ -278,7 +277,7 @@ def load_config(source: str | Path) -> Config:
     if not path.suffix and not path.is_file():
         named = named_configs()
         if str(source) not in named:
-            hint = _near(str(source), named) or f"there are {', '.join(named) or 'none'}"
+            hint = did_you_mean(str(source), named)
             raise ValueError(f"no file or named configuration {str(source)!r}; {hint}")
         path = named[str(source)]
     if path.suffix == ".json":
@@ -489,15 +488,9 @@ def _convert_section(values: Any, section: type, name: str) -> Any:
 def _suggest(key: str, hints: dict[str, Any], prefix: str) -> str:
     known = flat(to_dict(Config()))
     elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == key]
-    near = _near(key, hints, prefix)
     if elsewhere:
-        return f"did you mean {elsewhere[0]!r}?"
-    return near or f"known here: {', '.join(hints)}"
-
-
-def _near(key: str, known: Iterable[str], prefix: str = "") -> str:
-    found = nearest(key, known)
-    return f"did you mean {prefix + found[0]!r}?" if found else ""
+        return did_you_mean(key, known, near=elsewhere[:1])
+    return did_you_mean(key, hints, prefix=prefix)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What a reader of the scores must know, and a table for people."""
+"""Reports of `evaluate_samples`: their warnings, their table, and where they are written."""
+
+from pathlib import Path
+from typing import Any
 
 from dis_ssm.metrics.extractors import TF_2015
 
@@ -95,6 +98,23 @@ def format_report(report: dict) -> str:
         f"run:       {run['device']}, {run['processes']} process(es), {run['seconds']} s",
     ]
     return "\n".join(lines + [f"warning: {warning}" for warning in report["warnings"]])
+
+
+def report_path(samples: str | Path, extractor: str) -> Path:
+    """Where the command writes the report of image files: beside them, NAME-EXTRACTOR.json."""
+    place = Path(samples).absolute()
+    name = place.name if place.is_dir() else place.stem
+    return place.with_name(f"{name}-{extractor}.json")
+
+
+def drawn_report_path(run: Path, report: dict[str, Any], reference: str | Path | None) -> Path:
+    """Where the command writes the report of images drawn from `run`: in RUN/scores.
+
+    The name says which samples, which extractor and which `reference`; None is the run's own data.
+    """
+    extractor = report["settings"]["extractor"]["name"]
+    against = "data" if reference is None else Path(reference).stem
+    return run / "scores" / f"{report['drawn']['samples']}-{extractor}-to-{against}.json"
 
 
 def _title(name: str) -> str:

@@ -44,7 +44,7 @@ from dis_ssm.system.reading import FileError, read_json
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
 
 
-def evaluate_run(
+def score_run(
     run: str | Path,
     *,
     num: int = 600,

@@ -8,11 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dis_ssm.system.files import write_json
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.system.reading import read_json
 
 CLASSES = "classes.json"
-SHOWN = 10  # names in a message
 
 
 def keep_class_names(run: Path, names: Sequence[str]) -> None:
@@ -85,8 +84,4 @@ def _label(wanted: str, names: Sequence[str], count: int) -> int:
     if number is not None or not names:
         hint = "" if names else "; this run keeps no names of classes, give numbers"
         raise ValueError(f"class {wanted} is not one of the model's {count} classes{hint}")
-    near = nearest(wanted, names)
-    some = ", ".join(map(repr, near or names[:SHOWN]))
-    more = "" if near or len(names) <= SHOWN else " ..."
-    start = "did you mean" if near else "there are"
-    raise ValueError(f"no class is named {wanted!r}: {start} {some}{more}{'?' if near else ''}")
+    raise ValueError(f"no class is named {wanted!r}: {did_you_mean(wanted, names)}")
