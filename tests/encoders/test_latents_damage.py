@@ -1,4 +1,4 @@
-"""A cache whose encoding was killed, or whose files were damaged, is mended or named."""
+"""A cache whose encoding was killed, or whose files were damaged, is repaired or named."""
 
 import json
 import multiprocessing
@@ -96,7 +96,7 @@ def test_killed_and_run_again_it_is_the_cache_that_was_never_stopped(
     there = shards(cache)
     missing = shards(whole).keys() - there.keys()
     assert missing and there.items() <= shards(whole).items()
-    with pytest.raises(CacheError, match=r"incomplete, \d of 6 shards: the same dis-ssm encode"):
+    with pytest.raises(CacheError, match=r"incomplete, \d of 6 shards: rerun the same `dis-ssm"):
         open_cache(cache)
     before = {name: (cache / name).stat().st_mtime_ns for name in there}
     capsys.readouterr()
