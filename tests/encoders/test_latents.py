@@ -435,6 +435,11 @@ def test_sample_warns_of_another_encoder(run, tmp_path, capsys):
 
 
 def test_the_command_asks_for_what_it_needs(capsys):
-    for arguments in (["encode"], ["encode", "digits"], ["encode", "digits", "x", "--check", "y"]):
-        assert cli.main(arguments) == 2
-        assert "give SOURCE and CACHE to encode, or --check CACHE" in capsys.readouterr().err
+    for arguments, words in (
+        (["encode"], "SOURCE"),
+        (["encode", "digits"], "CACHE"),
+        (["encode", "--check", "cache"], "--check: that is a command of its own, dis-ssm check"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2 and words in capsys.readouterr().err

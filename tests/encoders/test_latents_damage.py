@@ -1,4 +1,4 @@
-"""A cache whose encoding was killed, or whose files were damaged, is mended or named."""
+"""A cache whose encoding was killed, or whose files were damaged, is repaired or named."""
 
 import json
 import multiprocessing
@@ -96,7 +96,7 @@ def test_killed_and_run_again_it_is_the_cache_that_was_never_stopped(
     there = shards(cache)
     missing = shards(whole).keys() - there.keys()
     assert missing and there.items() <= shards(whole).items()
-    with pytest.raises(CacheError, match=r"incomplete, \d of 6 shards: the same dis-ssm encode"):
+    with pytest.raises(CacheError, match=r"incomplete, \d of 6 shards: rerun the same `dis-ssm"):
         open_cache(cache)
     before = {name: (cache / name).stat().st_mtime_ns for name in there}
     capsys.readouterr()
@@ -130,7 +130,7 @@ def test_what_is_damaged_is_named_and_only_that_is_encoded_again(
         open_cache(cache)
     (cache / names[4]).unlink()
     capsys.readouterr()
-    assert cli.main(["encode", "--check", str(cache)]) == 2
+    assert cli.main(["check", str(cache)]) == 2
     message = capsys.readouterr().err
     assert all(names[k] in message for k in (1, 2, 4)) and "to repair it" in message
     assert not any(names[k] in message for k in (0, 3, 5))
@@ -138,7 +138,7 @@ def test_what_is_damaged_is_named_and_only_that_is_encoded_again(
     quietly(source, cache, vae_folder)
     assert before == {name: (cache / name).stat().st_mtime_ns for name in before}
     assert shards(cache) == shards(whole) and read_manifest(cache) == read_manifest(whole)
-    assert cli.main(["encode", "--check", str(cache)]) == 0
+    assert cli.main(["check", str(cache)]) == 0
 
 
 def test_a_shard_that_nobody_noted_is_kept(cache, whole, source, vae_folder, capsys):
@@ -314,7 +314,7 @@ def test_a_damaged_manifest_is_made_anew_from_the_shards(cache, whole, source, v
     before = {name: (cache / name).stat().st_mtime_ns for name in shards(cache)}
     manifest = cache / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:500])
-    assert cli.main(["encode", "--check", str(cache)]) == 2
+    assert cli.main(["check", str(cache)]) == 2
     assert "rerun the same `dis-ssm encode` to repair it" in capsys.readouterr().err
     with pytest.raises(ValueError, match="encoded with other settings"):
         quietly(source, cache, vae_folder, precision="bf16")

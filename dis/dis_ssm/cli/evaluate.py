@@ -43,7 +43,7 @@ def evaluate(
     samples: Positional[Annotated[Path, arg(metavar="SAMPLES")]],
     reference: Positional[Annotated[str | None, arg(metavar="[REFERENCE]")]] = None,
     *,
-    drawing: OmitArgPrefixes[Drawing] = Drawing(),  # noqa: B008 - frozen
+    drawing: OmitArgPrefixes[Drawing] = Drawing(),
     extractor: Literal["inception", "lite0", "dinov2", "pixels"] | None = None,
     weights: Path | None = None,
     resize: int | None = None,
@@ -91,6 +91,8 @@ def evaluate(
         )
     if reference and reference.endswith(".npz") and (split or image_size is not None):
         raise ValueError(f"{reference} is taken as it is: leave out --split and --image-size")
+    if save_reference and not save_reference.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {save_reference}: there is no such folder, make it first")
     inputs = {samples.resolve(), Path(reference or "").expanduser().resolve()}
     for path in (out, save_reference):
         if path and path.resolve() in inputs:

@@ -74,7 +74,9 @@ def _alike(name: str, known: list[str]) -> list[str]:
     """Flags of `known` whose last part, or a synonym of it, is spelt much as that of `name`."""
     section, _, leaf = name.rpartition(".")
     words = [*map(_leaf, known), *SYNONYMS]
-    found = (_near(f"{section}.{word}" if section else word, known) for word in nearest(leaf, words))
+    found = (
+        _near(f"{section}.{word}" if section else word, known) for word in nearest(leaf, words)
+    )
     return next(filter(None, found), [])
 
 

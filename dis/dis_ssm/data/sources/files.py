@@ -158,9 +158,11 @@ class FolderFiles(Files):
         self.root, self.names = root, names
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         return read_bytes(self.root / self.names[index])
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         return str(self.root / self.names[index])
 
 
@@ -193,6 +195,7 @@ class ZipFiles(Files):
         self.places = np.array([tuple(numbers) for numbers in stated], np.int64)
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         offset, packed, size, method, crc = self.places[index].tolist()
         check_size(max(packed, size))
         file = self._file()
@@ -212,6 +215,7 @@ class ZipFiles(Files):
         return self.handles.value
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         return f"{self.path}: {self.names[index]}"
 
 

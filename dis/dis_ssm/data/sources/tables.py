@@ -241,6 +241,7 @@ class ParquetFiles(Files):
         return np.unique(np.concatenate(found))
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         k = int(np.searchsorted(self.starts, index, side="right")) - 1
         with _row_errors():
             if self.held.key != k:
@@ -251,6 +252,7 @@ class ParquetFiles(Files):
             return _image_bytes(self.held.value[index - int(self.starts[k])])
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         k = int(np.searchsorted(self.starts, index, side="right")) - 1
         shard = self.groups[k, 0]
         first = self.starts[np.flatnonzero(self.groups[:, 0] == shard)[0]]
@@ -324,8 +326,10 @@ class ArrowFiles(Files):
         return _label_values(table.column(0), self.name)
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         with _row_errors():
             return _image_bytes(self.rows[index].column(0)[0])
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         return f"{self.name}, row {index}"
