@@ -17,7 +17,7 @@ DEFAULT_EXTRACTOR = "inception"
 
 @dataclass(frozen=True)
 class Drawing:
-    """Of SAMPLES that are a run: how its images are drawn.
+    """How images are drawn where SAMPLES is a run.
 
     Args:
         num: how many images, 600 unless given.
@@ -35,7 +35,7 @@ class Drawing:
     vae: str | None = None
 
     def given(self) -> dict[str, Any]:
-        """Those that are set, by name."""
+        """The options that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -57,9 +57,9 @@ def evaluate(
 ) -> int:
     """Compare images with a reference: FID, sFID, Inception score, precision, recall.
 
-    SAMPLES are images (.npz, .zip, folder), or a run, whose newest checkpoint draws them while they
-    are scored. REFERENCE is images, a data set, or statistics such as ADM's; of a run it may be
-    left out where an extractor is named: then it is the held-out images of the run's data. Several
+    SAMPLES is images (.npz, .zip, folder), or a run, whose newest checkpoint draws the images.
+    REFERENCE is images, a data set, or statistics such as ADM's; for a run with a named extractor
+    it may be left out, and the reference is then the held-out images of the run's data. Several
     processes share the work under torchrun.
 
     Args:
@@ -67,10 +67,10 @@ def evaluate(
         reference: what to compare with.
         extractor: the features; inception, which is FID's, unless given.
         weights: a file of the extractor's weights; inception downloads its own without one.
-        resize: side in pixels at which lite0 and dinov2 look, instead of 224.
-        batch_size: images that are drawn, or looked at, together.
+        resize: side in pixels that lite0 and dinov2 resize images to, instead of 224.
+        batch_size: images that are drawn, or passed to the extractor, together.
         image_size: crop and scale a reference that is a data set to this.
-        split: of a reference that is a data set; train unless given.
+        split: which part of a reference that is a data set; train unless given.
         background: what image files with alpha are composed on, else white; drop ignores it.
         save_reference: write the reference's statistics to this .npz for the next time.
         out: the report (.json); by default beside the samples, or in RUN/scores.
@@ -83,20 +83,22 @@ def evaluate(
     a_run, drawn = _is_run(samples), drawing.given()
     if not a_run and drawn:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
-        raise ValueError(f"{samples} is no run, from which images are drawn: leave out {flags}")
+        raise ValueError(f"{samples} is not a run, so no images are drawn: leave out {flags}")
     if reference is None and not (a_run and extractor):
         raise ValueError(
             f"give a REFERENCE to compare {samples} with"
-            + (f"; class accuracy and bits per dimension: dis-ssm score {samples}" * a_run)
+            + (f"; for class accuracy and bits per dimension run dis-ssm score {samples}" * a_run)
         )
     if reference and reference.endswith(".npz") and (split or image_size is not None):
-        raise ValueError(f"{reference} is taken as it is: leave out --split and --image-size")
+        raise ValueError(f"{reference} is used as it is: leave out --split and --image-size")
     if save_reference and not save_reference.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {save_reference}: there is no such folder, make it first")
+        raise ValueError(
+            f"cannot write {save_reference}: its folder does not exist, create it first"
+        )
     inputs = {samples.resolve(), Path(reference or "").expanduser().resolve()}
     for path in (out, save_reference):
         if path and path.resolve() in inputs:
-            raise ValueError(f"{path} would overwrite what is scored: give another name")
+            raise ValueError(f"{path} would overwrite an input: give another name")
     extractor = extractor or DEFAULT_EXTRACTOR
     options = {
         "extractor": extractor,
@@ -124,7 +126,7 @@ def evaluate(
 
 
 def _is_run(path: Path) -> bool:
-    """Whether it is a run or a checkpoint, and not images."""
+    """Whether `path` is a run or a checkpoint, and not images."""
     if is_run(path):
         return True
     try:
