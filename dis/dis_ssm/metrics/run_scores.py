@@ -38,7 +38,8 @@ from dis_ssm.sampling.grids import label_columns, save_images
 from dis_ssm.sampling.seeds import image_generators
 from dis_ssm.storage.checkpoint import identity, locate, read_state
 from dis_ssm.system.files import check_writable
-from dis_ssm.system.machine import pick_device, versions
+from dis_ssm.system.machine import device_name, pick_device, versions
+from dis_ssm.system.progress import bar_interval
 from dis_ssm.system.reading import FileError, read_json
 from dis_ssm.system.tables import format_table
 
@@ -120,7 +121,7 @@ def score_run(
         raise ValueError(f"{config.data.source}: a distance needs 2 images or more of each split")
     if bound_terms > (most := 2 * (diffusion.num_steps - 1)):
         raise ValueError(f"bound_terms is {bound_terms}: the diffusion allows at most {most}")
-    made = _made(config, checkpoint, settings, device)
+    made = drawing_record(config, checkpoint, settings, device)
     if bound_terms:
         bounded = min(bound_images, len(heldout))
         made |= {"bits_per_dim_images": bounded, "bits_per_dim_terms": bound_terms}
@@ -155,7 +156,7 @@ def score_run(
     return scores | made | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def _made(
+def drawing_record(
     config: Config, checkpoint: Path, settings: SampleConfig, device: torch.device
 ) -> dict[str, Any]:
     """What the scores of drawn samples depend on."""
@@ -169,7 +170,7 @@ def _made(
         "checkpoint": identity(checkpoint),
         "samples": samples_name(step, settings),
         "batch_size": settings.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "versions": versions() | {"numpy": np.__version__},
     }
 
@@ -347,7 +348,7 @@ def _watched(model: nn.Module, passes: int, name: str, progress: bool) -> Iterat
             )
         bar.update()
 
-    interval = 0.2 if sys.stderr.isatty() else 30.0
+    interval = bar_interval()
     bar = tqdm(total=passes, desc=name, unit="pass", mininterval=interval, disable=not progress)
     with bar:
         hook = model.register_forward_hook(after_pass)
