@@ -72,7 +72,7 @@ def parse(default: Chosen, doc: str, arguments: Sequence[str] | None = None) -> 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; one line on stderr for what the user can mend."""
+    """Call `main`; errors that the user can correct end it with one line on stderr."""
     try:
         main()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -161,7 +161,7 @@ def test_what_is_refused_leaves_no_folder(run, tmp_path, capsys):
 def test_a_batch_that_no_memory_holds_is_one_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "update", lambda *_: torch.empty(10**14, dtype=torch.uint8))
     assert main(["train", config_of(run), "--out", str(tmp_path / "run")]) == 2
-    assert "dis-ssm: error: out of memory, take smaller batches" in capsys.readouterr().err
+    assert "dis-ssm: error: out of memory: use smaller batches" in capsys.readouterr().err
 
 
 def test_a_diverged_run_is_one_line(run, tmp_path, monkeypatch, capsys):
@@ -383,24 +383,24 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["scores"]["fd_pixels"]["value"] < 1e-9
     capsys.readouterr()
     assert main(["evaluate", a]) == 2
-    assert "is no run: give a REFERENCE too" in capsys.readouterr().err
+    assert "is not a run: give a REFERENCE too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["{a}", "{a}", "--num", "7"], "is no run, from which images are drawn: leave out --num"),
-        (["{run}"], "; class accuracy and bits per dimension: dis-ssm score {run}"),
+        (["{a}", "{a}", "--num", "7"], "is not a run, so no images are drawn: leave out --num"),
+        (["{run}"], "; for class accuracy and bits per dimension run dis-ssm score {run}"),
         (["{a}", "{b}", "--extractor", "pixels", "--batch-size", "0"], "batch_size is 0"),
-        (["{a}", "{b}", "--image-size", "8"], "is taken as it is"),
+        (["{a}", "{b}", "--image-size", "8"], "is used as it is"),
         (["{a}", "{b}", "--vae", "x/y", "--seed", "1"], "leave out --seed, --vae"),
-        (["{run}", "{a}", "--num", "1"], "is 1 image: a distance needs 2 or more"),
+        (["{run}", "{a}", "--num", "1"], "has 1 image: a distance needs 2 or more"),
         (["{run}", "{run}"], "is a run, not images: give images, such as"),
         (["{run}", "{run}/checkpoints/00000002"], "is a run, not images"),
         (["{a}", "{run}", "--image-size", "8"], "is a run, not images"),
         (["{run}", "--extractor", "pixels", "--weights", "x"], "takes no weights"),
         (["{a}", "{b}", "--out", "{a}"], "ends in .json"),
-        (["{a}", "{b}", "--save-reference", "{b}"], "would overwrite what is scored"),
+        (["{a}", "{b}", "--save-reference", "{b}"], "would overwrite an input"),
     ],
 )
 def test_evaluate_refuses_what_it_would_ignore_or_destroy(run, tmp_path, capsys, arguments, words):

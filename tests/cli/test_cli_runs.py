@@ -235,7 +235,7 @@ def test_a_run_is_scored_by_an_extractor_and_against_a_reference(run, photos, tm
         ),
         (
             ["evaluate", "{run}", "{photos}", "--save-reference", "/nonexistent/x.npz"],
-            "cannot write /nonexistent/x.npz: there is no such folder",
+            "cannot write /nonexistent/x.npz: its folder does not exist",
         ),
     ],
 )

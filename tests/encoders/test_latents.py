@@ -328,7 +328,7 @@ def test_sample_says_so_where_the_vae_has_gone(run, vae_folder, tmp_path, capsys
     vae_folder.rename(moved)
     try:
         assert cli.main(arguments) == 0
-        assert "draws latents and no VAE is at hand" in capsys.readouterr().err
+        assert "draws latents and no VAE is known that decodes them" in capsys.readouterr().err
         assert cli.main([*arguments, "--vae", "none"]) == 0
         assert "warning" not in capsys.readouterr().err
     finally:

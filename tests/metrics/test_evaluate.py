@@ -251,5 +251,5 @@ def test_a_run_is_not_scored_on_data_of_another_shape(tmp_path):
     values = {"hidden_size": 16, "depth": 1, "patch_size": 4, "num_classes": 0}
     shape = {"in_channels": 3, "input_size": (8, 8)}
     write_run(tmp_path, from_dict({"model": values | shape}))
-    with pytest.raises(ValueError, match="not the data that it learned from"):
+    with pytest.raises(ValueError, match="not the data that it was trained on"):
         score_run(tmp_path, num=4, bound_terms=0, progress=False)

@@ -306,7 +306,7 @@ def test_saved_statistics_give_the_same_digits(tmp_path):
     renamed = Extractor("other", Toy(), {"weights": None, "resize": None})
     with pytest.raises(ValueError, match="statistics of 'toy' features"):
         evaluate_samples(made, path, extractor=renamed, **options)
-    with pytest.raises(ValueError, match="statistics already"):
+    with pytest.raises(ValueError, match="already holds statistics"):
         evaluate_samples(made, path, extractor=toy(), save_reference=tmp_path / "x.npz", **options)
 
 
@@ -360,7 +360,7 @@ def test_requests_that_cannot_be_met(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_samples(made, real, **{"extractor": "pixels", "world": ALONE} | options)
-    with pytest.raises(ValueError, match="is 1 image"):
+    with pytest.raises(ValueError, match="has 1 image"):
         evaluate_samples(pictures(1, 1), real, extractor=toy(), world=ALONE)
     made, real = pictures(40, 1), pictures(40, 2)
     with pytest.raises(ValueError, match=r"ends in \.npz"):
@@ -388,9 +388,9 @@ def test_report_warns_of_what_changes_the_number():
         "weights are not those of TensorFlow 2015 (SHA-256 00000000",
         "50 samples instead of 50,000",
         "samples are 8x16, reference images 8x8",
-        "the reference is 602 images",
-        "precision and recall are to 602 reference images",
-        "of 10 splits; ADM's evaluator cuts every 5,000",
+        "the reference has 602 images",
+        "precision and recall use 602 reference images",
+        "uses 10 splits; ADM's evaluator uses splits of 5,000",
     ):
         assert any(said in warning for warning in report["warnings"]), said
     text = format_report(report)

@@ -12,7 +12,7 @@ from dis_ssm.cli.messages import fail
 def check(cache: Positional[Annotated[Path, arg(metavar="CACHE")]]) -> int:
     """Read a whole latent cache and name the shards that are damaged.
 
-    `dis-ssm encode` with the arguments of the first time mends them.
+    To repair it, run `dis-ssm encode` again with the arguments that made it.
 
     Args:
         cache: a folder that `dis-ssm encode` wrote.
@@ -23,6 +23,6 @@ def check(cache: Positional[Annotated[Path, arg(metavar="CACHE")]]) -> int:
     for problem in wrong.values():
         print(problem, file=sys.stderr)
     if wrong:
-        return fail(f"{len(wrong)} of the files of {cache} are not sound: {AGAIN}")
+        return fail(f"{len(wrong)} files of {cache} are damaged: {AGAIN}")
     print(f"{cache}: all shards are intact")
     return 0

@@ -25,10 +25,10 @@ def encode(
     relabel: bool = False,
     device: str | None = None,
 ) -> int:
-    """Encode images with a VAE, once, into a cache that training reads; under torchrun, by all.
+    """Encode images with a VAE, once, into a cache that training reads.
 
-    The same command again goes on where it was stopped and mends the shards that `dis-ssm check`
-    names.
+    Run the same command again to continue where it was stopped and to repair the shards that
+    `dis-ssm check` names. Several processes share the work under torchrun.
 
     Args:
         source: images: see docs/data.md.

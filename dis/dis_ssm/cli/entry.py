@@ -27,11 +27,19 @@ from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.version import __version__
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, BackendError, RankError)
-USAGE = 2  # the status of what the user can mend
+USAGE = 2  # the exit status of errors that the user can correct
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit status. 2 and one line on stderr for what the user can mend."""
+    """Run one command.
+
+    Args:
+        arguments: those of the command line, `sys.argv[1:]` if None.
+
+    Returns:
+        The exit status: 0 if all went well, 2 with one line on stderr for an error that the user
+        can correct.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = arguments[arguments[:1] == ["--"] :]  # keeps torchrun from reading our options
     warnings.showwarning = print_warning
@@ -40,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return _run(arguments)
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
@@ -49,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not _out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-        return fail(f"out of memory, take smaller batches: {reason}")
+        return fail(f"out of memory: use smaller batches ({reason})")
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -18,7 +18,7 @@ DEFAULT_EXTRACTOR = "inception"
 
 @dataclass(frozen=True)
 class Drawing:
-    """Of SAMPLES that are a run: how its images are drawn.
+    """How images are drawn where SAMPLES is a run.
 
     Args:
         num: how many images, 600 unless given.
@@ -36,7 +36,7 @@ class Drawing:
     vae: str | None = None
 
     def given(self) -> dict[str, Any]:
-        """Those that are set, by name."""
+        """The options that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -58,9 +58,9 @@ def evaluate(
 ) -> int:
     """Compare images with a reference: FID, sFID, Inception score, precision, recall.
 
-    SAMPLES are images (.npz, .zip, folder), or a run, whose newest checkpoint draws them while they
-    are scored. REFERENCE is images, a data set, or statistics such as ADM's; of a run it may be
-    left out where an extractor is named: then it is the held-out images of the run's data. Several
+    SAMPLES is images (.npz, .zip, folder), or a run, whose newest checkpoint draws the images.
+    REFERENCE is images, a data set, or statistics such as ADM's; for a run with a named extractor
+    it may be left out, and the reference is then the held-out images of the run's data. Several
     processes share the work under torchrun.
 
     Args:
@@ -68,8 +68,8 @@ def evaluate(
         reference: what to compare with.
         extractor: the features; inception, which is FID's, unless given.
         weights: a file of the extractor's weights; inception downloads its own without one.
-        resize: side in pixels at which lite0 and dinov2 look, instead of 224.
-        batch_size: images that are drawn, or looked at, together; 64 unless given, of a run as its
+        resize: side in pixels that lite0 and dinov2 resize images to, instead of 224.
+        batch_size: images that are drawn, or passed to the extractor, together; 64 unless given, of a run as its
             config says.
         image_size: crop and scale a reference that is a data set to this; unset, of a run as its
             config says.
@@ -87,24 +87,26 @@ def evaluate(
     a_run, drawn = _is_run(samples), drawing.given()
     if not a_run and drawn:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
-        raise ValueError(f"{samples} is no run, from which images are drawn: leave out {flags}")
+        raise ValueError(f"{samples} is not a run, so no images are drawn: leave out {flags}")
     if not samples.exists():
         raise ValueError(f"{samples} does not exist")
     if reference is None and not a_run:
-        raise ValueError(f"{samples} is no run: give a REFERENCE too, to compare images with")
+        raise ValueError(f"{samples} is not a run: give a REFERENCE too, to compare images with")
     if reference is None and not extractor:
         raise ValueError(
             f"give a REFERENCE, or an --extractor to compare {samples} with the held-out images of "
             f"its data; class accuracy and bits per dimension: dis-ssm score {samples}"
         )
     if reference and reference.endswith(".npz") and (split or image_size is not None):
-        raise ValueError(f"{reference} is taken as it is: leave out --split and --image-size")
+        raise ValueError(f"{reference} is used as it is: leave out --split and --image-size")
     if save_reference and not save_reference.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {save_reference}: there is no such folder, make it first")
+        raise ValueError(
+            f"cannot write {save_reference}: its folder does not exist, create it first"
+        )
     inputs = {samples.resolve(), Path(reference or "").expanduser().resolve()}
     for path in (out, save_reference):
         if path and path.resolve() in inputs:
-            raise ValueError(f"{path} would overwrite what is scored: give another name")
+            raise ValueError(f"{path} would overwrite an input: give another name")
     extractor = extractor or DEFAULT_EXTRACTOR
     options = {
         "extractor": extractor,
@@ -132,7 +134,7 @@ def evaluate(
 
 
 def _is_run(path: Path) -> bool:
-    """Whether it is a run or a checkpoint, and not images."""
+    """Whether `path` is a run or a checkpoint, and not images."""
     if is_run(path):
         return True
     try:

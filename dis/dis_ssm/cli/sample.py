@@ -43,8 +43,9 @@ def sample(
     """Draw images from a trained model; image i depends on (seed, i, class).
 
     A grid (.png) has one class a column. A set (.npz, as ADM's evaluator reads it) may be of any
-    size and be drawn under torchrun by any number of processes; the same command again finishes one
-    that was interrupted. Latents are decoded by a VAE; without one they stay float32 (n, C, H, W).
+    size and be drawn under torchrun by any number of processes; run the same command again to
+    finish one that was interrupted. Latents are decoded by a VAE; without one they are written as
+    they are, float32 (n, C, H, W).
 
     Args:
         run: a run folder, or one of its checkpoints.
@@ -86,8 +87,8 @@ def sample(
             )
         if not pipeline.visible and vae is None and world.main:
             print_warning(
-                f"{run} draws latents and no VAE is at hand, so they are written as they are: give "
-                f"--vae a folder or hub id for images, or --vae none if this is meant"
+                f"{run} draws latents and no VAE is known that decodes them, so the latents are "
+                f"written: give --vae a folder or hub id for images, or --vae none to write latents"
             )
         settings = sample_settings(
             config,

@@ -30,14 +30,14 @@ def score(
     """Score a run on small images: class accuracy, pixel distance, bits per dimension.
 
     Images drawn from its newest checkpoint are compared with the held-out images of its data, in
-    one process. Scores that RUN/scores has already of these settings are shown again.
+    one process. Scores of these settings that RUN/scores has already are not computed again.
 
     Args:
         run: a run folder, or one of its checkpoints.
         num: how many images to draw.
         cfg_scale: guidance; unset, like steps, sampler and batch-size, as the run's config says.
         bound_images: held-out images whose bits per dimension are bounded.
-        bound_terms: timesteps each of them is evaluated at, even; 0: no bound.
+        bound_terms: timesteps at which each of them is evaluated, an even number; 0: no bound.
         keep: write the samples to RUN/samples as .npz.
         out: the report (.json); by default in RUN/scores.
     """

@@ -16,7 +16,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def base_of(source: str) -> Config:
-    """The configuration that a file, a name, or a run has."""
+    """The configuration of a file, of a name such as "digits", or of a run, which it continues."""
     folder = Path(source)
     if source in named_configs() or not is_run(folder):
         return load_config(source)
@@ -24,17 +24,17 @@ def base_of(source: str) -> Config:
 
 
 def train_command(base: Config) -> Callable[..., int]:
-    """The train command, whose flags start from `base`."""
+    """The train command, whose flags override the values of `base`."""
 
     def train(
         config: Annotated[Config, tyro.conf.arg(name="")] = base,
         extend: int | None = None,
         dry_run: bool = False,
     ) -> int:
-        """Train a model, or continue the run in --out: the same command again resumes exactly.
+        """Train a model, or continue the run in --out.
 
-        CONFIG comes first: a TOML file, the name of one (NAMES), or a run to continue; flags
-        override it.
+        Run the same command again to resume exactly. CONFIG comes first: a TOML file, the name of
+        one (NAMES), or a run to continue; flags override it.
 
         Args:
             extend: continue a run to this step, beyond its train.steps; its learning rate's

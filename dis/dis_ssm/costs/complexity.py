@@ -48,6 +48,7 @@ def growth(
 
 
 def total(parts: dict[str, Quadratic]) -> Quadratic:
+    """(a, b, c) of all parts together."""
     return tuple(map(sum, zip(*parts.values(), strict=True)))
 
 
@@ -169,7 +170,9 @@ def report(
     """Everything that `dis-ssm flops` prints, as a JSON object; multiply-adds, not Gflops.
 
     Args:
-        size: height and width of image or latent. channels: C. classes: 0 for none.
+        size: height and width of image or latent.
+        channels: of image or latent.
+        classes: 0 for none.
         models: names; all of DiS, DiT and U-ViT whose patch divides the size when empty.
 
     Raises:

@@ -20,7 +20,7 @@ CONV_FORWARD, CONV_BACKWARD = 2, 6
 
 
 def register_formulas() -> None:
-    """Makes every `FlopCounterMode` of this process that is made from now on count them.
+    """Make every `FlopCounterMode` of this process that is made from now on count them.
 
     Formulas that are registered already are left as they are, so that it may be called again.
     """

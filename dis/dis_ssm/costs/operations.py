@@ -211,7 +211,7 @@ def sketch(make: Callable[..., nn.Module], *arguments) -> nn.Module:
 
 
 def count(model: nn.Module, size: Size, channels: int, classes: int) -> dict:
-    """Parameters of a :func:`sketch`, and multiply-adds by part; the model is used up."""
+    """Parameters of a `sketch`, and multiply-adds by part; the model is used up."""
     with torch.device("meta"):
         x, t = torch.empty(1, channels, *size), torch.zeros(1)
         y = torch.zeros(1, dtype=torch.int64) if classes else None

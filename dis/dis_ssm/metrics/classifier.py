@@ -1,4 +1,4 @@
-"""Do class-conditional samples show their class? A classifier of pixels answers."""
+"""Whether class-conditional samples show their class, by a classifier of pixels."""
 
 import torch
 
@@ -11,9 +11,16 @@ MAX_SIDE = 32
 class PixelClassifier:
     """Support vector machine (RBF kernel, gamma 1 / (d var), C = 10) over `pixel_features`.
 
-    A judge for small, aligned images such as digits; read its accuracy on real images first.
-    Fitting is deterministic. Raises ImportError without scikit-learn, ValueError when fewer than
-    two classes are given.
+    It suits small, aligned images such as digits; look at its accuracy on real images first.
+    Fitting is deterministic.
+
+    Args:
+        images: uint8 (n, C, H, W).
+        labels: int64 (n,).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: there are fewer than two classes, or labels and images differ in number.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
@@ -50,10 +57,22 @@ def class_accuracy(
 ) -> dict:
     """Fraction of samples that a `PixelClassifier` puts into the class they were asked for.
 
-    It is fitted on `real_images`, which the generator must never have seen. Its accuracy on
-    `other_images`, real as well, is what perfect samples would reach. Images are uint8
-    (n, C, H, W), labels int64 (n,). Returns {"samples": fraction, "real": fraction of
-    other_images, "by_class": {class: fraction of its samples}}.
+    Images are uint8 (n, C, H, W), labels int64 (n,).
+
+    Args:
+        samples: generated images, and `labels`, the classes asked for.
+        real_images: what the classifier is fitted on, with `real_labels`: images that the generator
+            has never seen.
+        other_images: real as well, with `other_labels`: the accuracy on them is what perfect
+            samples would reach.
+
+    Returns:
+        {"samples": fraction, "real": fraction of other_images, "by_class": {class: fraction of its
+        samples}}.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: there are fewer than two classes, or labels and images differ in number.
     """
     classifier = PixelClassifier(real_images, real_labels)
     hits = classifier.correct(samples, labels).double()
@@ -66,7 +85,11 @@ def class_accuracy(
 
 
 def require_scikit_learn() -> None:
-    """ImportError that names the remedy, when scikit-learn is not installed."""
+    """Make sure that scikit-learn is installed.
+
+    Raises:
+        ImportError: it is not; the message says how to install it.
+    """
     try:
         import sklearn  # noqa: F401
     except ImportError as error:

@@ -10,7 +10,7 @@ from dis_ssm.config import SampleConfig, sample_settings
 from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.sources.base import NO_LABEL
 from dis_ssm.metrics import evaluate_samples
-from dis_ssm.metrics.run_scores import drawing_record
+from dis_ssm.metrics.run_scores import provenance
 from dis_ssm.sampling.grids import label_columns
 from dis_ssm.sampling.pipeline import Pipeline, open_pipeline
 from dis_ssm.system.distributed import World
@@ -77,7 +77,7 @@ def evaluate_drawn(
         seed=seed,
         batch_size=batch_size,
     )
-    made = drawing_record(config, pipeline.origin.checkpoint, settings, world.device) | (
+    made = provenance(config, pipeline.origin.checkpoint, settings, world.device) | (
         {"vae": vae} if vae else {}
     )
     if not str(reference or "").endswith(".npz"):

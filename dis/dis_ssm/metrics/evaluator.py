@@ -65,7 +65,8 @@ def evaluate_samples(
             `Extractor`.
         batch_size: images in one pass of the network; another one rounds differently.
         world: None for this process alone, on the best device. All its processes must call.
-        split, image_size: of a `reference` that `dis_ssm.data.open.open_dataset` opens.
+        split: of a `reference` that `dis_ssm.data.open.open_dataset` opens.
+        image_size: likewise: side in pixels that it is cropped and scaled to.
         splits: of the Inception score, consecutive in the order of the images.
         neighbours: k of precision and recall.
         reference_images: precision and recall take no more than so many images of the reference,
@@ -75,15 +76,20 @@ def evaluate_samples(
             that precision and recall took.
         background: what image files with alpha are composed on, "white" or "black"; "drop" leaves
             out alpha, as ADM.
+        progress: show bars.
 
-    Returns, in every process, plain data: {"scores": {name: {"value", "stderr", "interval"}},
-    "unavailable": {name: why}, "warnings": [...], "settings", "samples", "reference", "run"}. Only
-    "run" (device, processes, seconds, versions) may differ where the numbers are the same.
-    Intervals are at 95 % and hold the choice of the samples: not that of the reference, nor the
-    bias that a Fréchet distance has at finite n.
+    Returns:
+        Plain data, the same in every process: {"scores": {name: {"value", "stderr", "interval"}},
+        "unavailable": {name: why}, "warnings": [...], "settings", "samples", "reference", "run"}.
+        Only "run" (device, processes, seconds, versions) may differ where the numbers are the same.
+        Intervals are at 95 % and hold the choice of the samples: not that of the reference, nor the
+        bias that a Fréchet distance has at finite n.
 
-    Raises ValueError for sources, weights and options that cannot be used, and for statistics of
-    another extractor.
+    Raises:
+        ValueError: sources, weights or options that cannot be used, or statistics of another
+            extractor.
+        OSError: a file cannot be read or written.
+        ImportError: the extractor's packages are not installed.
     """
     limits = {"batch_size": batch_size, "splits": splits, "neighbours": neighbours}
     for name, value in (limits | {"reference_images": reference_images}).items():
@@ -94,7 +100,7 @@ def evaluate_samples(
     with world.together():
         generated = open_images(samples, background=background)
         if len(generated) < 2:
-            raise ValueError(f"{generated.name} is 1 image: a distance needs 2 or more")
+            raise ValueError(f"{generated.name} has 1 image: a distance needs 2 or more")
         stored, real = open_reference(reference, split, image_size, background)
         if save_reference is not None:
             _check_savable(Path(save_reference), stored)
@@ -140,8 +146,10 @@ def evaluate_samples(
 
 @dataclass
 class Target:
-    """What samples are compared with; `features` are None without images, `chosen` says of which
-    images they are."""
+    """What samples are compared with.
+
+    `features` are None without images; `chosen` says of which images they are.
+    """
 
     gaussians: dict[str, Gaussian]
     features: Tensor | None
@@ -166,7 +174,11 @@ def _ready(extractor, weights, resize, world: World) -> Extractor:
 def open_reference(
     reference: Source, split: str, image_size: int | None, background: str = "white"
 ) -> tuple[StoredStatistics | None, Images | None]:
-    """Statistics, images, or both."""
+    """Statistics, images, or both, of what `evaluate_samples` takes as its reference.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     path = None if isinstance(reference, ImageDataset) else Path(reference).expanduser()
     if path is None or path.suffix != ".npz" or not path.is_file():
         return None, open_images(reference, split, image_size, background)
@@ -187,8 +199,8 @@ def _check_comparable(
     made_by = ((stored and stored.protocol) or {}).get("extractor", {}).get("name", extractor.name)
     if made_by != extractor.name:
         raise ValueError(
-            f"{stored.source} holds statistics of {made_by!r} features: take that extractor, not "
-            f"{extractor.name!r}"
+            f"{stored.source} holds statistics of {made_by!r} features: use that extractor instead "
+            f"of {extractor.name!r}"
         )
     sizes = _feature_sizes(extractor, generated)
     others = {}
@@ -211,7 +223,7 @@ def _feature_sizes(extractor: Extractor, images: Images) -> dict[str, int]:
 
 def _check_savable(path: Path, stored: StoredStatistics | None) -> None:
     if stored:
-        raise ValueError(f"{stored.source} holds statistics already: leave out {path}")
+        raise ValueError(f"{stored.source} already holds statistics: do not save them as {path}")
     if path.suffix != ".npz":
         raise ValueError(f"cannot write statistics to {path}: give a name that ends in .npz")
     check_writable(path)
@@ -240,7 +252,7 @@ def _scan_reference(
     if stored:
         return Target(stored.gaussians, scanned.features, chosen, description)
     if len(real) < 2:
-        raise ValueError(f"{real.name} is 1 image: a distance needs 2 or more")
+        raise ValueError(f"{real.name} has 1 image: a distance needs 2 or more")
     gaussians = {name: scanned.statistics.gaussian(name) for name in scanned.statistics.names}
     return Target(gaussians, scanned.features, chosen, description)
 

@@ -1,17 +1,17 @@
-"""Images -> features. A distance is only comparable over the same features, so each extractor
-says, in `protocol`, everything that changes them.
+"""Networks that turn images into features.
 
-=============  ===========================================  =====================================
-name           network                                      features
-=============  ===========================================  =====================================
-``inception``  Inception-v3 of TensorFlow 2015, as ported   pool 2048, spatial 17 x 17 x 7, logits
-               by torch-fidelity: the one FID is made of    1008 without their bias
-``lite0``      EfficientNet-Lite0, ImageNet weights that    pool 1280
-               come as a package: works offline
-``dinov2``     DINOv2 ViT-S, B, L or g /14 without          pool: the class token, 384 .. 1536
-               registers, from a file of weights
-``pixels``     none: means over an 8 x 8 grid               pool up to 192, divided by sqrt(3)
-=============  ===========================================  =====================================
+Distances are only comparable over the same features, so each extractor says, in `protocol`,
+everything that changes them.
+
+| name        | network                                     | features                            |
+|-------------|---------------------------------------------|-------------------------------------|
+| `inception` | Inception-v3 of TensorFlow 2015, as ported  | pool 2048, spatial 17 x 17 x 7,     |
+|             | by torch-fidelity: FID's network            | logits 1008 without their bias      |
+| `lite0`     | EfficientNet-Lite0, with ImageNet weights   | pool 1280                           |
+|             | from a Python package: works offline        |                                     |
+| `dinov2`    | DINOv2 ViT-S, B, L or g /14 without         | pool: the class token, 384 .. 1536  |
+|             | registers, from a file of weights           |                                     |
+| `pixels`    | none: means over an 8 x 8 grid              | pool up to 192, divided by sqrt(3)  |
 """
 
 import contextlib
@@ -75,12 +75,17 @@ def open_extractor(
 ) -> Extractor:
     """The extractor `name` of `NAMES`.
 
-    `weights` is a file: torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth`` (None
-    downloads it into torch.hub's cache), or DINOv2's. `resize` is the side in pixels that lite0 and
-    dinov2 see instead of the 224 they were trained or tuned at; the other two resize by definition.
+    Args:
+        name: see the table above.
+        weights: a file: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth` (None
+            downloads it into torch.hub's cache), or DINOv2's.
+        resize: side in pixels that images are resized to for lite0 and dinov2, instead of the 224
+            they were trained or tuned at; the other two resize by definition.
 
-    Raises ValueError for an unknown name, unusable weights and options that do not apply; OSError
-    when a download fails; ImportError without the packages of ``dis-ssm[eval]``.
+    Raises:
+        ValueError: an unknown name, unusable weights, or options that do not apply.
+        OSError: a download failed.
+        ImportError: the packages of `dis-ssm[eval]` are not installed.
     """
     if name not in NAMES:
         raise ValueError(f"unknown extractor {name!r}: choose one of {', '.join(NAMES)}")
@@ -103,7 +108,7 @@ def open_extractor(
 class _Inception(nn.Module):
     """torch-fidelity's network, with the map of sFID taken on its way.
 
-    ADM takes ``mixed_6/conv:0[..., :7]`` of the TensorFlow graph: the rectified 1x1 branch of
+    ADM takes `mixed_6/conv:0[..., :7]` of the TensorFlow graph: the rectified 1x1 branch of
     Mixed_6d in PyTorch's naming (torch-fidelity's table of converted weights has them side by
     side), flattened with channels last.
     """
@@ -216,7 +221,10 @@ def _dinov2(path: Path, side: int, device) -> Extractor:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """State dict and SHA-256 of a .pth or .safetensors file that holds nothing but finite tensors.
 
-    Raises ValueError for anything else; nothing in the file is executed.
+    Nothing in the file is executed.
+
+    Raises:
+        ValueError: the file is anything else.
     """
     path = path.expanduser()
     if not path.is_file():
@@ -241,7 +249,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         raise ValueError(f"{path} holds no state dict (tensors by name)")
     for key, value in state.items():
         if value.is_meta or value.layout is not torch.strided:
-            raise ValueError(f"{path}: {key} is not a dense tensor with its numbers")
+            raise ValueError(f"{path}: {key} is not a dense tensor with data")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{path}: {key} is not finite")
     return dict(state), hashlib.sha256(raw).hexdigest()

@@ -1,5 +1,8 @@
-"""One pass over a set of images: statistics of all features, and the pool features themselves
-where precision and recall need them."""
+"""The features of a set of images, in one pass over it.
+
+The pass leaves statistics of all features, and the pool features themselves where precision and
+recall need them.
+"""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from dis_ssm.system.prefetch import prefetch
 
 @dataclass
 class Scanned:
-    """`features` (m, d), float32, are those of the images that were to be kept."""
+    """What `scan` found: `features` (m, d), float32, are those of the images that were kept."""
 
     statistics: SetStatistics
     features: Tensor
@@ -33,11 +36,21 @@ def scan(
     world: World,
     progress: bool = False,
 ) -> Scanned:
-    """Features of all `images`; `keep`, bool (n,), says of which to keep the pool features.
+    """Compute the features of all images, all processes of `world` together.
 
-    The processes take batches in turn and show one another the features; each then sums all of
-    them in the order of the images, so the digits are the same for any number of processes.
-    Raises ValueError when an image cannot be read or a feature is not finite.
+    The processes take batches in turn and exchange the features; each then sums all of them in the
+    order of the images, so the digits are the same for any number of processes.
+
+    Args:
+        images: n images.
+        extractor: what computes the features.
+        keep: bool (n,), the images whose pool features are kept.
+        splits: of the Inception score.
+        batch_size: images in one pass of the network.
+        progress: show a bar.
+
+    Raises:
+        ValueError: an image cannot be read, or a feature is not finite.
     """
     n, step = len(images), batch_size * world.size
     statistics, kept = SetStatistics(n, splits), []

@@ -15,14 +15,25 @@ def frechet_distance(
     eigendecomposition, (cov1 cov2)^(1/2) has the trace of (S1^T cov2 S1)^(1/2), the sum of the
     singular values of S1^T S2: real, and exact for covariances without full rank.
 
-    mu (d,), cov (d, d) symmetric. Raises ValueError for other shapes, non-finite values and a
-    covariance with a negative eigenvalue.
+    Args:
+        mu1: mean (d,).
+        cov1: covariance (d, d), symmetric.
+        mu2: mean (d,).
+        cov2: covariance (d, d), symmetric.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, or a covariance with a negative
+            eigenvalue.
     """
     return Gaussian(mu1, cov1).distance(Gaussian(mu2, cov2))
 
 
 class Gaussian:
-    """N(mean (d,), cov (d, d)), factored once however often it is compared."""
+    """N(mean (d,), cov (d, d)), factored once however often it is compared.
+
+    Raises:
+        ValueError: other shapes, or a mean that is not finite.
+    """
 
     def __init__(self, mean: torch.Tensor, cov: torch.Tensor):
         self.mean, self.cov = (
@@ -38,10 +49,19 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> torch.Tensor:
+        """S (d, rank) with cov = S S^T.
+
+        Raises:
+            ValueError: the covariance is not finite, or has a negative eigenvalue.
+        """
         return _factor(self.cov, self.eps)
 
     def distance(self, other: "Gaussian") -> float:
-        """`frechet_distance`."""
+        """The squared Fréchet distance to another Gaussian, see `frechet_distance`.
+
+        Raises:
+            ValueError: they differ in d, or one is no covariance.
+        """
         if self.mean.shape != other.mean.shape:
             sizes = f"{len(self.mean)} and {len(other.mean)}"
             raise ValueError(f"need shapes (d,) and (d, d) with one d, got d = {sizes}")
@@ -82,7 +102,11 @@ class FeatureStatistics:
         self._mean = self._scatter = None
 
     def update(self, features: torch.Tensor) -> "FeatureStatistics":
-        """Add features (n, d). Raises ValueError when they are not finite or not 2-D."""
+        """Add features (n, d).
+
+        Raises:
+            ValueError: they are not finite, not 2-D, or of another d than those before.
+        """
         features = torch.as_tensor(features).detach().cpu().to(torch.float64)
         if features.dim() != 2:
             raise ValueError(f"need features (n, d), got {tuple(features.shape)}")
@@ -115,13 +139,21 @@ class FeatureStatistics:
 
     @property
     def mean(self) -> torch.Tensor:
-        """(d,). Raises ValueError before the first feature."""
+        """The mean (d,).
+
+        Raises:
+            ValueError: there are no features yet.
+        """
         if self.n == 0:
             raise ValueError("no features yet")
         return self._mean.clone()
 
     def cov(self, ddof: int = 1) -> torch.Tensor:
-        """(d, d): scatter / (n - ddof). Raises ValueError unless n > ddof."""
+        """The covariance (d, d): scatter / (n - ddof).
+
+        Raises:
+            ValueError: n is not more than `ddof`.
+        """
         if self.n <= ddof:
             raise ValueError(f"a covariance with ddof {ddof} needs more than {self.n} features")
         return self._scatter / (self.n - ddof)

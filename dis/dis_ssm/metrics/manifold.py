@@ -14,7 +14,10 @@ class Manifold:
     """The union of balls around features (n, d), each reaching to its k-th nearest other feature.
 
     Distances are squared and in float64; rows are shared among the processes of `world`, all of
-    which call this. Raises ValueError for fewer than k + 1 features.
+    which call this.
+
+    Raises:
+        ValueError: there are fewer than k + 1 features.
     """
 
     def __init__(self, features: Tensor, k: int, world: World):

@@ -1,4 +1,4 @@
-"""Pixels as features: no network, so the same number on every machine."""
+"""Pixels as features: without a network, so the numbers are the same on every machine."""
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ def pixel_features(images: torch.Tensor, max_side: int = 8) -> torch.Tensor:
     output i covers the pixels floor(i H / h) .. ceil((i + 1) H / h) - 1). Distances over these
     features see coarse shape and contrast only; they rank models of one small data set and mean
     nothing across data sets.
+
+    Raises:
+        ValueError: `images` are not uint8, or not four-dimensional.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(

@@ -27,8 +27,14 @@ DEFLATE_RATIO = 1040  # deflate shrinks nothing further
 
 
 class Images:
-    """n images, uint8 (n, C, H, W), C 1 or 3; `background` is what alpha is composed on, None where
-    there is no alpha. Subclasses give `_read`."""
+    """n images, uint8 (n, C, H, W), C 1 or 3.
+
+    `background` is what alpha is composed on, None where there is no alpha. Subclasses define
+    `_read`.
+
+    Raises:
+        ValueError: there are no images, or they are neither grey nor RGB.
+    """
 
     background: str | None = None
 
@@ -46,6 +52,7 @@ class Images:
         return self._read(start, min(stop, self.n)).expand(-1, max(CHANNELS), -1, -1)
 
     def describe(self) -> dict:
+        """Source, kind, number and size of the images, for the report."""
         size = {"images": self.n, "height": self.height, "width": self.width}
         composed = {"background": self.background} if self.background else {}
         return {"source": self.name, "kind": self.kind, **size, **composed}
@@ -62,17 +69,18 @@ def open_images(
 ) -> Images:
     """A set of images that all have one size.
 
-    - FILE.npz with ``arr_0``, uint8 (n, H, W, C), as ADM writes; streamed, never held as a whole;
+    - FILE.npz with `arr_0`, uint8 (n, H, W, C), as ADM writes; streamed, never held as a whole;
     - a folder or FILE.zip of images, sub-folders included, in the order of their names, as RGB; of
-      one with ``train/`` and ``heldout/``, the folder `split`;
+      one with `train/` and `heldout/`, the folder `split`;
     - with `image_size`, or for any other `source`: `dis_ssm.data.open.open_dataset` of it and
       `split`, which crops and scales images of any size.
 
     Encoded images with alpha are composed on `background`, as in
     `dis_ssm.data.datasets.FileDataset`.
 
-    Raises ValueError for sources that are empty, damaged, of mixed sizes or not uint8, and for a
-    `split` that the source does not have.
+    Raises:
+        ValueError: the source is empty, damaged, of mixed sizes or not uint8, or does not have the
+            `split`.
     """
     check_background(background)
     if isinstance(source, ImageDataset):
@@ -95,6 +103,8 @@ def open_images(
 
 
 class DatasetImages(Images):
+    """The images of a data set, in its order."""
+
     def __init__(self, dataset: ImageDataset):
         self.dataset, self.background = dataset, dataset.background
         shape = (dataset.channels, dataset.height, dataset.width)
@@ -202,6 +212,8 @@ class NpzImages(Images):
 
 
 class NpyHeader(NamedTuple):
+    """What the header of an .npy file says: `fortran` is the order of its numbers."""
+
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype
@@ -210,8 +222,9 @@ class NpyHeader(NamedTuple):
 def open_npy(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], NpyHeader]:
     """The array `name` of an .npz, as a stream that has come to its numbers, and its header.
 
-    Raises, by the header alone, for Python objects and for a size that the file cannot hold; for a
-    damaged file whatever zipfile and NumPy raise.
+    Raises:
+        ValueError: the header is of Python objects, or of a size that the file cannot hold.
+        Exception: for a damaged file, whatever zipfile and NumPy raise.
     """
     info = archive.getinfo(f"{name}.npy")
     file = archive.open(info)
@@ -228,7 +241,7 @@ def open_npy(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], NpyHeader]
     size = math.prod(header.shape) * header.dtype.itemsize
     if min(header.shape, default=0) < 0 or info.file_size != file.tell() + size:
         raise ValueError(
-            f"{header.dtype} {header.shape} is not what its {info.file_size} bytes are"
+            f"its {info.file_size} bytes are not those of {header.dtype} {header.shape}"
         )
     packed = os.fstat(archive.fp.fileno()).st_size
     if size > DEFLATE_RATIO * packed:
@@ -237,7 +250,11 @@ def open_npy(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], NpyHeader]
 
 
 def npz_keys(path: Path) -> set[str]:
-    """Names of the arrays in an .npz. ValueError when it is no such file."""
+    """Names of the arrays in an .npz.
+
+    Raises:
+        FileError: it is no such file.
+    """
     check_regular(path)
     with parsing(f"cannot read {path}, or it was cut short"), zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}

@@ -19,46 +19,52 @@ NAMES = {
 
 
 def warnings_about(report: dict) -> list[str]:
-    """Why the numbers of a report are not those that papers print."""
+    """Sentences that say why the numbers of a report may not be compared with published ones.
+
+    Args:
+        report: of `evaluate_samples`; its own "warnings" are not read.
+    """
     found = []
     settings, samples, reference = (report[key] for key in ("settings", "samples", "reference"))
     extractor, n = settings["extractor"], samples["images"]
     if extractor["name"] != "inception":
         found.append(
-            f"these are distances over {extractor['name']} features, not FID: compare them with "
-            f"their like only"
+            f"these are distances over {extractor['name']} features: they are not comparable with "
+            f"FID, only with other distances over the same features"
         )
     elif not str(extractor["weights"]).startswith(TF_2015):
         found.append(
             f"the Inception weights are not those of TensorFlow 2015 (SHA-256 "
-            f"{str(extractor['weights'])[:8]}, not {TF_2015}): this is not FID"
+            f"{str(extractor['weights'])[:8]}, not {TF_2015}): not comparable with FID"
         )
     if n < PUBLISHED:
         found.append(
-            f"{n:,} samples instead of {PUBLISHED:,}: a Fréchet distance is larger, recall and "
-            f"the Inception score are other, at smaller n"
+            f"{n:,} samples instead of {PUBLISHED:,}: with fewer samples a Fréchet distance is "
+            f"larger, and recall and the Inception score differ"
         )
     if n != PUBLISHED and "inception_score" in report["scores"]:
         found.append(
-            f"the Inception score is of {settings['inception_score_splits']} splits; ADM's "
-            f"evaluator cuts every {PUBLISHED // 10:,} images, which is the same at {PUBLISHED:,}"
+            f"the Inception score uses {settings['inception_score_splits']} splits; ADM's "
+            f"evaluator uses splits of {PUBLISHED // 10:,} images, the same only for "
+            f"{PUBLISHED:,} images"
         )
     sizes = [(part.get("height"), part.get("width")) for part in (samples, reference)]
     if None not in sizes[1] and sizes[0] != sizes[1]:
         (h, w), (real_h, real_w) = sizes
         found.append(
-            f"samples are {h}x{w}, reference images {real_h}x{real_w}: resizing is part of the "
-            f"distance"
+            f"samples are {h}x{w}, reference images {real_h}x{real_w}: the distance includes the "
+            f"effect of resizing"
         )
     if reference["statistics"] == "computed" and reference["images"] < PUBLISHED:
         found.append(
-            f"the reference is {reference['images']:,} images: its covariance is uncertain too"
+            f"the reference has {reference['images']:,} images, fewer than {PUBLISHED:,}: its "
+            f"covariance is uncertain too"
         )
     compared = settings["precision_recall_references"]
     if compared and compared != PUBLISHED_REFERENCES:
         found.append(
-            f"precision and recall are to {compared:,} reference images, not to "
-            f"{PUBLISHED_REFERENCES:,} as ADM's"
+            f"precision and recall use {compared:,} reference images, ADM's evaluator uses "
+            f"{PUBLISHED_REFERENCES:,}"
         )
     if reference["statistics"] == "read":
         found += _differences(reference, extractor)
@@ -66,7 +72,7 @@ def warnings_about(report: dict) -> list[str]:
 
 
 def format_report(report: dict) -> str:
-    """The scores as a table, then what they were made of, then the warnings."""
+    """The report as text: a table of scores, what they depend on, and the warnings."""
     rows = [("score", "value", "std. error", "95 % interval")]
     for name, found in report["scores"].items():
         low_high = found["interval"]

@@ -64,19 +64,31 @@ def score_run(
 ) -> dict:
     """Draw `num` samples from the newest checkpoint of RUN and score them.
 
-    Unset `steps`, `sampler`, `cfg_scale` and `batch_size` are those of the run's [sample] section;
-    `device` is a GPU when there is one. Labels are balanced: image i has class i mod K and is drawn
-    from (seed, i). The bound takes `bound_images` held-out images and `bound_terms` passes each
-    (even; 0 skips it). `keep` writes RUN/samples/NAME.npz as ADM does: arr_0 uint8
-    (n, H, W, C), arr_1 int64 labels. `reuse` returns the scores that RUN/scores has of the same
-    checkpoint and settings, if it has them.
+    Labels are balanced: image i has class i mod K and is drawn from (seed, i).
 
-    Returns the scores (see `score_samples` and `bits_per_dim`) with how they were made: num, steps,
-    sampler, cfg_scale, seed, checkpoint step, weights, device, versions, and `samples`, the NAME
-    that tells these samples from others of the run. The command writes them to `scores_path`.
+    Args:
+        run: a run folder, or one of its checkpoints.
+        num: how many images to draw.
+        steps: of the sampler; unset, like `sampler`, `cfg_scale` and `batch_size`, as the run's
+            [sample] section says.
+        bound_images: held-out images whose bits per dimension are bounded.
+        bound_terms: passes of the model for each of them, an even number; 0: no bound.
+        device: a GPU if there is one, unless given.
+        keep: write RUN/samples/NAME.npz as ADM does: arr_0 uint8 (n, H, W, C), arr_1 int64 labels.
+        reuse: return the scores that RUN/scores has of the same checkpoint and settings, if any.
+        progress: show bars.
 
-    Raises ValueError for a run without checkpoint or held-out images, samples that are not finite,
-    guidance of a model without classes, and options that the sampler or the bound refuses.
+    Returns:
+        The scores (see `score_samples` and `bits_per_dim`) with how they were made: num, steps,
+        sampler, cfg_scale, seed, checkpoint step, weights, device, versions, and "samples", the
+        NAME that tells these samples from others of the run. The command writes them to
+        `scores_path`.
+
+    Raises:
+        ValueError: a run without checkpoint or held-out images, samples that are not finite,
+            guidance of a model without classes, or options that the sampler or the bound refuses.
+        OSError: `keep` cannot write the samples.
+        ImportError: the model has classes, and scikit-learn is not installed.
     """
     if num < 2:
         raise ValueError(f"num is {num}: a distance needs 2 samples or more")
@@ -115,13 +127,13 @@ def score_run(
     if shape != drawn:
         raise ValueError(
             f"{config.data.source} has images of shape {shape}, and {run} draws {drawn}: that is "
-            f"not the data that it learned from"
+            f"not the data that it was trained on"
         )
     if min(len(train), len(heldout)) < 2:
         raise ValueError(f"{config.data.source}: a distance needs 2 images or more of each split")
     if bound_terms > (most := 2 * (diffusion.num_steps - 1)):
         raise ValueError(f"bound_terms is {bound_terms}: the diffusion allows at most {most}")
-    made = drawing_record(config, checkpoint, settings, device)
+    made = provenance(config, checkpoint, settings, device)
     if bound_terms:
         bounded = min(bound_images, len(heldout))
         made |= {"bits_per_dim_images": bounded, "bits_per_dim_terms": bound_terms}
@@ -156,10 +168,10 @@ def score_run(
     return scores | made | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def drawing_record(
+def provenance(
     config: Config, checkpoint: Path, settings: SampleConfig, device: torch.device
 ) -> dict[str, Any]:
-    """What the scores of drawn samples depend on."""
+    """What the scores of drawn samples depend on, and `samples_name` of them, as "samples"."""
     step = read_state(checkpoint)["step"]
     drawing = ("num", "sampler", "steps", "eta", "cfg_scale", "seed")
     return {
@@ -183,12 +195,12 @@ def _known(path: Path, made: dict[str, Any]) -> dict | None:
         return None
     if not isinstance(scores, dict) or any(scores.get(k) != v for k, v in made.items()):
         return None
-    print(f"{path} has these scores: remove it to compute them again", file=sys.stderr)
+    print(f"{path} already has these scores: remove it to compute them again", file=sys.stderr)
     return scores
 
 
 def scores_path(run: Path, scores: dict) -> Path:
-    """Where the scores of these samples belong: other samples' or another bound's lie elsewhere."""
+    """The file of these scores in RUN/scores; those of other samples or bounds have another."""
     name = scores["samples"]
     if "bits_per_dim_images" in scores:
         name += f"-bound-{scores['bits_per_dim_images']}x{scores['bits_per_dim_terms']}"
@@ -203,11 +215,16 @@ def score_samples(
 ) -> dict:
     """Scores of samples, uint8 (n, C, H, W), against two real sets.
 
-    class_accuracy: fraction of samples that a classifier fitted on `heldout` puts into their class,
-    by class as well; class_accuracy_real: the same of the images of `train`; None when `labels` is
-    None or `heldout` shows fewer than two classes. fd_pixels: squared Fréchet distance over
-    `pixel_features` between `fd_num` samples and held-out images; fd_pixels_real: between as many
-    images of `train` and the same held-out ones.
+    Returns:
+        class_accuracy, fraction of samples that a classifier fitted on `heldout` puts into their
+        class; class_accuracy_by_class; class_accuracy_real, the same of the images of `train`; all
+        None when `labels` is None or `heldout` has fewer than two classes. fd_pixels, squared
+        Fréchet distance over `pixel_features` between `fd_num` samples and held-out images;
+        fd_pixels_real, between as many images of `train` and the same held-out ones.
+
+    Raises:
+        ValueError: there are fewer than 2 images of one kind.
+        ImportError: scikit-learn is not installed.
     """
     n = min(len(samples), len(train), len(heldout))
     if n < 2:
@@ -247,16 +264,18 @@ def bits_per_dim(
 ) -> dict:
     """The variational bound on `num` images of `dataset`, in bits per dimension, without guidance.
 
-    bits_per_dim is the mean over images of an unbiased estimate from `terms` timesteps each;
-    bits_per_dim_stderr is its standard error, from the spread over images, which holds the choice
-    of images, of timesteps and of noise alike. bits_per_dim_prior and _decoder are L_T and L_0.
-    The predicted x0 is clipped to [-1, 1] (Nichol & Dhariwal 2021).
+    The predicted x0 is clipped to [-1, 1] (Nichol & Dhariwal 2021). The bound is on the likelihood
+    of images of 256 levels in [-1, 1]. Images that use fewer levels (the digits have 17) need log2
+    of their number with no model at all, so only compare models of one data set.
 
-    The bound is on the likelihood of images of 256 levels in [-1, 1]. Images that use fewer
-    (bits_per_dim_levels of them occur; the digits have 17) need log2 of those with no model at all,
-    so compare the number between models of one data set only.
+    Returns:
+        bits_per_dim, the mean over images of an unbiased estimate from `terms` timesteps each;
+        bits_per_dim_stderr, its standard error, from the spread over images, which holds the choice
+        of images, of timesteps and of noise; bits_per_dim_prior and bits_per_dim_decoder, L_T and
+        L_0; bits_per_dim_levels, how many levels occur; bits_per_dim_images, bits_per_dim_terms.
 
-    Raises ValueError when the bound is not finite or `terms` is refused by `variational_bound`.
+    Raises:
+        ValueError: the bound is not finite, or `variational_bound` refuses `terms`.
     """
     images, labels = _subset(dataset, min(num, len(dataset)))
     device = next(model.parameters()).device
@@ -292,7 +311,7 @@ def bits_per_dim(
 
 
 def format_scores(scores: dict) -> str:
-    """Scores as a table for people."""
+    """The scores of `score_run` as text: a table, and a line on how they were made."""
     n, source = scores["fd_num"], scores.get("source", "")
     rows = [("score", "samples", "real images", "how")]
     if scores["class_accuracy"] is None:

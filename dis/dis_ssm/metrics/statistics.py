@@ -1,4 +1,4 @@
-"""What one pass over a set of images leaves behind: Gaussians of its features, sums of its class
+"""Statistics of one pass over a set of images: Gaussians of its features, sums of its class
 probabilities, and a file of them.
 
 Images fall at random, but always the same way, into 8 groups of equal size, and every sum is kept
@@ -96,15 +96,20 @@ class SetStatistics:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the features that have arrived, logits not among them."""
         return tuple(self._moments)
 
     @property
     def has_logits(self) -> bool:
+        """Whether logits have arrived, which the Inception score needs."""
         return self._sums is not None
 
     def inception_score(self, groups: tuple[int, ...] = ALL) -> tuple[float, float] | None:
-        """Mean and standard deviation over splits, in file order, of
-        exp(mean_i KL(p_i || mean_j p_j)) (Salimans et al. 2016); None when a split is empty."""
+        """exp(mean_i KL(p_i || mean_j p_j)) (Salimans et al. 2016) of the images in `groups`.
+
+        Returns:
+            Mean and standard deviation over splits, in file order; None when a split is empty.
+        """
         shape = (self.splits, GROUPS)
         chosen = torch.tensor(groups)
         counts = self._counts.view(shape)[:, chosen].sum(1).double()
@@ -153,7 +158,12 @@ class StoredStatistics:
     source: str = ""
 
     def save(self, path: Path, images: np.ndarray | None = None) -> None:
-        """Write `path` (.npz), which ADM's evaluator reads too; images are uint8 (n, H, W, 3)."""
+        """Write `path` (.npz), which ADM's evaluator reads too; images are uint8 (n, H, W, 3).
+
+        Raises:
+            ValueError: `path` does not end in .npz.
+            OSError: it cannot be written.
+        """
         arrays = {}
         for name, gaussian in self.gaussians.items():
             mu, sigma = ADM_KEYS[name]
@@ -170,7 +180,11 @@ class StoredStatistics:
 
     @classmethod
     def load(cls, path: Path) -> "StoredStatistics":
-        """Raises ValueError for a damaged file, pickled objects, wrong shapes, missing arrays."""
+        """Read the statistics of an .npz, ours or ADM's.
+
+        Raises:
+            ValueError: a damaged file, pickled objects, wrong shapes, or missing arrays.
+        """
         gaussians, keys = {}, npz_keys(path)
         with parsing(f"cannot read the statistics of {path}"), zipfile.ZipFile(path) as archive:
             for name, (mu, sigma) in ADM_KEYS.items():

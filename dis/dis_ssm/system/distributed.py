@@ -107,8 +107,8 @@ class World:
         except RuntimeError as error:  # the store was rank 0's or torchrun's
             who = f"the store does not answer: {error}"
         print(
-            f"dis-ssm: error: rank {self.rank} has waited {limit} for step {number}: {who}. The "
-            f"same command again continues from the last checkpoint",
+            f"dis-ssm: error: rank {self.rank} has waited {limit} for step {number}: {who}. Run "
+            f"the same command again to continue from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -118,8 +118,11 @@ class World:
     def together(self) -> Iterator[None]:
         """What one rank fails to do in the `with`, all ranks fail to do.
 
-        The failed rank raises its own error, the others RankError with its message. There must be
-        no communication inside.
+        There must be no communication inside.
+
+        Raises:
+            Exception: on the rank that failed, its own error.
+            RankError: on the other ranks, with its message.
         """
         error = None
         try:
@@ -141,8 +144,14 @@ ALONE = World(torch.device("cpu"))
 def join_world(device: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """The world that the environment describes; its process group lives as long as the `with`.
 
-    `device` is "cuda", "cpu" or None for the best there is; each process takes the GPU of its
-    LOCAL_RANK. ValueError when it cannot be used. What all do together fails after `timeout`.
+    Args:
+        device: "cuda", "cpu", or None for the best there is; each process takes the GPU of its
+            LOCAL_RANK.
+        timeout: of what all ranks do together, which fails then.
+
+    Raises:
+        ValueError: the device cannot be used.
+        TimeoutError: rank 0 did not start in time.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or dist.is_initialized():

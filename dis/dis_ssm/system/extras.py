@@ -32,7 +32,11 @@ def declare_torchvision_operators() -> None:
 
 
 def require(*packages: str) -> None:
-    """ImportError that names the remedy, for packages that are not installed."""
+    """Make sure that packages of evaluation are installed and can be imported.
+
+    Raises:
+        ImportError: one of `packages` is not installed; the message says how to install it.
+    """
     if lacking := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise ImportError(f"evaluation needs {', '.join(lacking)}: {how_to_install('eval')}")
     declare_torchvision_operators()

@@ -21,8 +21,11 @@ def write_json(path: Path, value: Any) -> None:
 def drafted(path: Path) -> Iterator[Path]:
     """A draft beside `path`, which takes its name at the end or, after an error, is removed.
 
-    A link is written through; what is no regular file (a device, a pipe) is an OSError. The file
-    has the mode that the umask gives, whoever wrote the draft. The folder is made if need be.
+    A symbolic link is followed. The file has the mode that the umask gives, whoever wrote the
+    draft. The folder is made if it does not exist.
+
+    Raises:
+        OSError: `path` is no regular file (a folder, a device, a pipe), or cannot be written.
     """
     path = _target(path)
     draft = path.with_name(DRAFT + path.name)
@@ -40,7 +43,7 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def _target(path: Path) -> Path:
-    """The file that writing `path` replaces. OSError unless it is regular, or not there yet."""
+    """The file that writing `path` replaces, which is regular or does not exist yet."""
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file"
@@ -58,7 +61,11 @@ def usual_mode(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """OSError now if writing `path`, in a folder that may have to be made, would fail later."""
+    """Find out now whether `path`, in a folder that may have to be made, can be written later.
+
+    Raises:
+        OSError: it cannot.
+    """
     path = _target(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     draft = folder / (DRAFT + path.name)

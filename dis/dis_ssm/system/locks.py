@@ -20,8 +20,11 @@ def is_empty(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, which the system frees when the process ends. ValueError when
-    another process holds it."""
+    """Hold the lock of `folder`, which the system frees when the process ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
     with (folder / LOCK).open("w") as file:
         _lock(file, folder)
         yield

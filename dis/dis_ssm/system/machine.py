@@ -18,7 +18,11 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or cuda if there is one, else cpu. ValueError when it cannot be used."""
+    """The named device; for None, cuda if there is a GPU, else cpu.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name).item()  # "meta" has tensors, but no numbers in them

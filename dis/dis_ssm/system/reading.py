@@ -19,8 +19,16 @@ class FileError(ValueError):
 
 @contextlib.contextmanager
 def parsing(what: object) -> Iterator[None]:
-    """Whatever fails inside becomes FileError("`what`: ..."): parsers of damaged files raise almost
-    anything, RecursionError and KeyError among it."""
+    """Turn every error inside into one error that names the file.
+
+    Parsers of damaged files raise almost anything, RecursionError and KeyError included.
+
+    Args:
+        what: what the message begins with, such as a path.
+
+    Raises:
+        FileError: "`what`: ...", for whatever fails inside.
+    """
     try:
         yield
     except FileError:
@@ -30,14 +38,22 @@ def parsing(what: object) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, also where the exception itself has no words."""
+    """What went wrong, in words; the name of the exception's class where it has none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) if str(error).strip("' ") else type(error).__name__
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """FileError naming `where` for what is no JSON in UTF-8, too deep, or names a key twice."""
+    """The value of a JSON text.
+
+    Args:
+        text: JSON, bytes in UTF-8.
+        where: what a message begins with, such as the path of the file.
+
+    Raises:
+        FileError: it is not JSON in UTF-8, nested too deeply, or names a key twice.
+    """
     with parsing(f"{where} is not valid JSON"):
         return json.loads(text, object_pairs_hook=_once)
 
@@ -52,15 +68,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """FileError for a FIFO, a socket or a device, without opening it: reading could hang."""
+    """Accept regular files alone, without opening the file: reading a pipe could hang.
+
+    Raises:
+        FileError: `path` does not exist, or is a folder, a FIFO, a socket or a device.
+    """
     if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "is not a regular file"
-        raise FileError(f"{path} {kind if path.exists() else 'does not exist'}: it is not read")
+        kind = "is a folder, not a file" if path.is_dir() else "is not a regular file"
+        raise FileError(f"{path} {kind if path.exists() else 'does not exist'}")
 
 
 def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """The content of a regular file. OSError if it cannot be had, ValueError if it is no regular
-    file (which is never waited for) or larger than `most` bytes."""
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file (which is never waited for), or larger than `most` bytes.
+    """
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -72,24 +96,36 @@ def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8; FileError naming it."""
+    """The text of a file in UTF-8.
+
+    Raises:
+        FileError: it cannot be read, is too large, or is not UTF-8.
+    """
     with parsing(f"cannot read {path}"):
         return read_bytes(path).decode()
 
 
 def read_json(path: Path) -> Any:
-    """FileError naming it for a file that is missing, irregular, too large, or no JSON in UTF-8."""
+    """The value of a JSON file.
+
+    Raises:
+        FileError: it is missing, irregular, too large, or not JSON in UTF-8.
+    """
     return parse_json(read_text(path), path)
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
-    """ValueError for a file of more than `most` bytes."""
+    """Accept files of up to `most` bytes.
+
+    Raises:
+        ValueError: `size` is more.
+    """
     if size > most:
         raise ValueError(f"it has {size:,} bytes, more than {most:,}")
 
