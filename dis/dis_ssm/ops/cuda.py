@@ -243,8 +243,8 @@ def _scan(given: ScanInputs, dt_softplus: bool, reverse: bool, keeps: bool) -> t
 
 def backward_shared(states: int, warps: int, io_bytes: int) -> int:
     """Bytes of shared memory of scan_backward (scan.cu: BLOCK_FLOATS, WARP_FLOATS)."""
-    row, ring = 32 + max(2 * states, 32) + 4, CHUNK // STEP + 1
-    warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 40) + 8 * CHUNK * 32 * io_bytes
+    row, ring, sums = 32 + max(2 * states, 32), CHUNK // STEP, 8 * 128 + 12
+    warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 32 + sums) + 8 * CHUNK * 32 * io_bytes
     return 4 * 2 * states * (CHUNK + 4) + 4 * CHUNK * states * io_bytes + warps * warp
 
 
@@ -259,11 +259,14 @@ def backward_warps(states: int, io_bytes: int, block_limit: int, sm_limit: int) 
 
 
 def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
-    """Whether every row that scan_backward copies begins and ends on a border of 16 bytes."""
+    """Whether every row that scan_backward copies begins and ends on a border of 16 bytes, and
+    a chunk of them lies within 2^31 bytes."""
     directions = scan.direction[: scan.directions]
     rows = [scan.z, scan.dout, *(row for d in directions for row in (d.x, d.dt, d.B, d.C))]
     numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
-    return scan.state == states and all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
+    near = all(r.row_stride * CHUNK < 2**31 for r in rows)
+    even = all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
+    return near and even and scan.state == states
 
 
 @functools.cache
