@@ -3,7 +3,7 @@
 //   pre_t = bias + sum_k weight[k] x_{t - (K-1) + k}       y_t = silu(pre_t) or pre_t
 //
 // A direction looks at the past, or with x_{t + (K-1) - k} at the future; a call has at most one of each. Tokens
-// outside [0, L) are zero. A thread has C neighbouring channels and SEGMENT tokens, and slides a window of registers
+// outside [0, L) are zero. A thread has C neighbouring channels and a segment of tokens, and slides a window of registers
 // over them; the loads of a group of tokens are under way before the first is used.
 // K, EACH (C: 1 or 2), PAST, FUTURE, SILU and IO are set on the command line.
 #include "common.cuh"
@@ -16,37 +16,22 @@ struct Side {
 };
 
 struct Conv {
-  int64 batch, length, channels;
+  int64 batch, length, channels, segment;  // segment: tokens of a thread
   Side past, future;
   Rows x;
   io* dx;  // (batch, L, D)
 };
 
-#ifndef GROUPS
-#define GROUPS 8
-#endif
-#ifndef SEG
-#define SEG 64
-#endif
-#ifndef PREFETCH
-#define PREFETCH 0
-#endif
-#ifndef INNERS
-#define INNERS 0
-#endif
-#ifndef CONV_BLOCKS
-#define CONV_BLOCKS 1
-#endif
-constexpr int C = EACH, SEGMENT = SEG, GROUP = GROUPS;
+constexpr int C = EACH, GROUP = 8;
 constexpr int REACH = K - 1, WINDOW = 2 * REACH + 1;
 
 struct Place {  // of a thread: blockIdx.x = batch * segments + segment, blockIdx.y the channels
   int64 b;
   int c, begin, end, segment;
   __device__ __forceinline__ explicit Place(const Conv& s) {
-    int segments = (s.length + SEGMENT - 1) / SEGMENT;
+    int size = s.segment, segments = (s.length + size - 1) / size;
     b = blockIdx.x / segments, segment = blockIdx.x;
-    begin = (int)(blockIdx.x % segments) * SEGMENT, end = min(begin + SEGMENT, (int)s.length);
+    begin = (int)(blockIdx.x % segments) * size, end = min(begin + size, (int)s.length);
     c = C * (blockIdx.y * blockDim.x + threadIdx.x);
   }
 };
@@ -78,7 +63,7 @@ __device__ __forceinline__ void slide(float (&window)[SIZE][C], const float (&ne
   }
 }
 
-template <bool INNER = false>
+template <bool INNER>
 __device__ __forceinline__ void slide_in(float (&window)[WINDOW][C], const Conv& s, const Raw<C>& raw, int t) {
   float x[C];
 #pragma unroll
@@ -128,7 +113,7 @@ extern "C" __global__ void conv_forward(const __grid_constant__ Conv s) {
 #pragma unroll
     for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - REACH - 1 + i);
 #pragma unroll
-    for (int i = 1; i < WINDOW; ++i) slide_in(window, s, raw[i], at.begin - REACH - 1 + i);
+    for (int i = 1; i < WINDOW; ++i) slide_in<false>(window, s, raw[i], at.begin - REACH - 1 + i);
   }
   int64 out = (at.b * s.length + at.begin) * s.channels + at.c;
   io *past_at = s.past.y + out, *future_at = s.future.y + out;
@@ -136,7 +121,7 @@ extern "C" __global__ void conv_forward(const __grid_constant__ Conv s) {
     Raw<C> raw[GROUP];
 #pragma unroll
     for (int k = 0; k < GROUP; ++k) load(raw[k], s, s.x, at, first + k + REACH);
-    if (INNERS && first + GROUP <= at.end && first + GROUP + REACH <= s.length)
+    if (first + GROUP <= at.end && first + GROUP + REACH <= s.length)
       emit_group<true>(s, at, past, future, window, raw, first, past_at, future_at);
     else emit_group<false>(s, at, past, future, window, raw, first, past_at, future_at);
   }
@@ -219,15 +204,9 @@ struct Adjoint {
     }
   }
 
-  __device__ __forceinline__ void advance(const Conv& s, const Place& at, const Taps& past, const Taps& future,
-                                          const Group& raw, int first) {
-    bool inner = INNERS && first >= at.begin + REACH && first + GROUP + REACH <= at.end;
-    if (inner) advance<true>(s, at, past, future, raw, first);
-    else advance<false>(s, at, past, future, raw, first);
-  }
 };
 
-extern "C" __global__ void __launch_bounds__(128, CONV_BLOCKS) conv_backward(const __grid_constant__ Conv s) {
+extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_constant__ Conv s) {
   Place at(s);
   if (at.c >= s.channels) return;
   Taps past(PAST ? s.past : s.future, at.c), future(FUTURE ? s.future : s.past, at.c);
@@ -237,29 +216,16 @@ extern "C" __global__ void __launch_bounds__(128, CONV_BLOCKS) conv_backward(con
 #pragma unroll
     for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - 2 * REACH - 1 + i);
 #pragma unroll
-    for (int i = 1; i < WINDOW; ++i) slide_in(a.window, s, raw[i], at.begin - 2 * REACH - 1 + i);
+    for (int i = 1; i < WINDOW; ++i) slide_in<false>(a.window, s, raw[i], at.begin - 2 * REACH - 1 + i);
   }
   int first = at.begin - REACH, end = at.end + REACH;
-#if PREFETCH
-  Group even, odd;  // one is under way while the other is used; a copy would wait for it
-  load(even, s, at, first);
-#pragma unroll 1
-  while (true) {
-    load(odd, s, at, first + GROUP);
-    a.advance(s, at, past, future, even, first);
-    if ((first += GROUP) >= end) break;
-    load(even, s, at, first + GROUP);
-    a.advance(s, at, past, future, odd, first);
-    if ((first += GROUP) >= end) break;
-  }
-#else
 #pragma unroll 1
   for (; first < end; first += GROUP) {
     Group raw;
     load(raw, s, at, first);
-    a.advance(s, at, past, future, raw, first);
+    if (first >= at.begin + REACH && first + GROUP + REACH <= at.end) a.advance<true>(s, at, past, future, raw, first);
+    else a.advance<false>(s, at, past, future, raw, first);
   }
-#endif
   if (PAST) write_sums(s, s.past, at, a.dw_past, a.db_past);
   if (FUTURE) write_sums(s, s.future, at, a.dw_future, a.db_future);
 }

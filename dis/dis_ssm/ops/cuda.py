@@ -365,13 +365,14 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 
 # ---- the convolution -------------------------------------------------------------------------
 
-CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
+CONV_THREADS = 128
+SEGMENT, SHORT_SEGMENT = 130, 64  # tokens of a thread, at most
 
 
 def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, list[ConvSide]]:
     """The call, its arguments, and the side of each direction that is given."""
     call = _Call("conv", given.x, K=given.f.weight.shape[1], SILU=int(silu))
-    conv = Conv(*given.x.shape)
+    conv = Conv(*given.x.shape, segment=_segment(*given.x.shape, given.x.device))
     conv.x = call.rows(given.x)
     sides = [conv.future, conv.past] if reverse else [conv.past, conv.future]
     sides = sides[: len(given.directions())]
@@ -381,6 +382,13 @@ def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, li
     return call, conv, sides
 
 
+def _segment(batch: int, length: int, channels: int, device: torch.device) -> int:
+    """Tokens of a thread: even parts of the length, longer ones where they give all processors work."""
+    blocks = batch * -(-channels // (2 * CONV_THREADS)) * -(-length // SEGMENT)
+    longest = SEGMENT if blocks >= 2 * _processors(device) else SHORT_SEGMENT
+    return -(-length // max(-(-length // longest), 1)) or 1
+
+
 def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
     """With two channels a thread where every row is aligned to them."""
     pair = 2 * call.io.itemsize
@@ -388,7 +396,7 @@ def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
     each = 2 if conv.channels % 2 == 0 and all(n % pair == 0 for n in numbers) else 1
     call.macros["EACH"] = each
     groups = -(-conv.channels // (each * CONV_THREADS))
-    grid = (conv.batch * -(-conv.length // SEGMENT), groups, 1)
+    grid = (conv.batch * -(-conv.length // conv.segment), groups, 1)
     call.launch(name, grid, CONV_THREADS, conv)
 
 
@@ -409,7 +417,7 @@ def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, rever
     call, conv, sides = _conv(given, silu, reverse)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
-    segments, filters = x.shape[0] * -(-x.shape[1] // SEGMENT), []
+    segments, filters = x.shape[0] * -(-x.shape[1] // conv.segment), []
     for side, (weight, bias), dy in zip(sides, given.directions(), (dy_f, dy_b), strict=False):
         side.dy = call.rows(dy)
         side.dweight, dweight = call.partial(segments, weight, torch.float32)

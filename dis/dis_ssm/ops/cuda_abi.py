@@ -61,7 +61,7 @@ class Conv(ctypes.Structure):
     """The kernels of `conv.cu`."""
 
     _fields_ = [
-        *_integers("batch", "length", "channels"),
+        *_integers("batch", "length", "channels", "segment"),
         ("past", ConvSide),
         ("future", ConvSide),
         ("x", Rows),
