@@ -35,7 +35,6 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float x) {
 
 // The compiler takes v for unknown: it keeps the value in a register instead of computing it again and again.
 __device__ __forceinline__ void keep(int64& v) { asm("" : "+l"(v)); }
-__device__ __forceinline__ void keep(float& v) { asm volatile("" : "+f"(v)); }
 __device__ __forceinline__ void keep(int& v) { asm("" : "+r"(v)); }
 
 // Copies 16 aligned bytes from global to shared memory in the background; copies_done waits for this thread's.

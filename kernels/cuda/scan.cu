@@ -94,9 +94,6 @@ __device__ __forceinline__ void scatter_sum(float* v, int lane) {
 // ---- forward -----------------------------------------------------------------------------------------------
 
 constexpr int TILE = 8;      // tokens of B and C in shared memory, twice
-#ifndef AHEAD_TOKENS
-#define AHEAD_TOKENS 2
-#endif
 constexpr int THREADS = 64;  // of a forward block
 static_assert(CHUNK % TILE == 0 && THREADS % STATES == 0);
 
@@ -131,34 +128,26 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
   auto out_at = walk(s, d, s.out, b, c0);
   Raw<1> next_x[AHEAD][V] = {}, next_dt[AHEAD][V] = {}, next_z[AHEAD][V] = {};
   float next_sum[AHEAD][V] = {};
-  // Behind the end the last token again: what nobody needs costs less than a branch. A value is fetched when the one
-  // whose register it takes is spent: in another register it would be copied, and the copy wait for it.
-  auto fetch_input = [&](int k, int i) {
+  auto fetch = [&](int k, int i) {  // behind the end the last token again: what nobody needs costs less than a branch
     int t = min(i, length - 1);
-    auto x = x_at.moved(t), dt = dt_at.moved(t);
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-      if (live[v]) load(next_x[k][v], &x[v * CHANNELS]), load(next_dt[k][v], &dt[v * CHANNELS]);
-  };
-  auto fetch_gate = [&](int k, int i) {
-    int t = min(i, length - 1);
-    auto z = z_at.moved(t);
+    auto x = x_at.moved(t), dt = dt_at.moved(t), z = z_at.moved(t);
     auto sum = sum_at.moved(t);
 #pragma unroll
     for (int v = 0; v < V; ++v)
       if (live[v]) {
+        load(next_x[k][v], &x[v * CHANNELS]), load(next_dt[k][v], &dt[v * CHANNELS]);
         if (gated) load(next_z[k][v], &z[v * CHANNELS]);
         if (ADD) next_sum[k][v] = sum[v * CHANNELS];
       }
   };
   auto B_at = walk(s, d, d.B, b, own_n).moved(own_i), C_at = walk(s, d, d.C, b, own_n).moved(own_i);
-  Raw<1> incoming[2 * PASSES];
-  bool there[PASSES];
+  float incoming[2 * PASSES];
   auto fetch_tile = [&](int i0) {
 #pragma unroll
     for (int j = 0; j < PASSES; ++j) {
-      there[j] = i0 + j * PASS + own_i < length && own_n < s.state;
-      if (there[j]) load(incoming[2 * j], &B_at[0]), load(incoming[2 * j + 1], &C_at[0]);
+      bool there = i0 + j * PASS + own_i < length && own_n < s.state;
+      incoming[2 * j] = there ? to_float(B_at[0]) : 0.0f;
+      incoming[2 * j + 1] = there ? to_float(C_at[0]) : 0.0f;
       B_at.move(PASS), C_at.move(PASS);
     }
   };
@@ -166,14 +155,14 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
     float* to = tiles + tile % 2 * (TILE * ROW) + own_i * ROW + own_n;
 #pragma unroll
     for (int j = 0; j < PASSES; ++j) {
-      to[j * PASS * ROW] = there[j] ? incoming[2 * j][0] : 0.0f;
-      to[j * PASS * ROW + STATES] = there[j] ? incoming[2 * j + 1][0] : 0.0f;
+      to[j * PASS * ROW] = incoming[2 * j];
+      to[j * PASS * ROW + STATES] = incoming[2 * j + 1];
     }
   };
   float* kept = d.states + (b * ((length + CHUNK - 1) / CHUNK) * s.state + q * S) * s.channels + c0;
 
 #pragma unroll
-  for (int k = 0; k < AHEAD; ++k) fetch_input(k, k), fetch_gate(k, k);
+  for (int k = 0; k < AHEAD; ++k) fetch(k, k);
   fetch_tile(0);
   __syncthreads();  // the last tile of the direction before is read
   store_tile(0);
@@ -196,17 +185,18 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
 #pragma unroll
       for (int k = 0; k < AHEAD; ++k, row += ROW) {
         bool there = i + k < end;
-        float delta[V], delta_x[V], parts[V][S / 4], y[V];
+        float delta[V], delta_x[V], parts[V][S / 4], y[V], z[V], sum[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           float x = next_x[k][v][0];
+          z[v] = next_z[k][v][0], sum[v] = next_sum[k][v];
           delta[v] = time_step(next_dt[k][v][0] + bias[v]);
           delta_x[v] = delta[v] * x;
           parts[v][0] = SKIPS && q == 0 ? skip[v] * x : 0.0f;
 #pragma unroll
           for (int p = 1; p < S / 4; ++p) parts[v][p] = 0.0f;
         }
-        fetch_input(k, i + k + AHEAD);
+        fetch(k, i + k + AHEAD);
 #pragma unroll
         for (int n = 0; n < S; n += 4) {
           float4 B4 = quad(row + n), C4 = quad(row + STATES + n);
@@ -227,7 +217,7 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
             for (int p = 0; p < S / 4; ++p) scatter_sum<1, LANES / 2, 1>(&parts[v][p], q);
           if constexpr (S == 4) y[v] = parts[v][0];
           else y[v] = (parts[v][0] + parts[v][2]) + (parts[v][1] + parts[v][3]);
-          if (ADD) y[v] += next_sum[k][v];
+          if (ADD) y[v] += sum[v];
         }
         if (store_sum)
 #pragma unroll
@@ -236,15 +226,11 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
         if (FINISH) {
           if (gated)
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-              float z = next_z[k][v][0];
-              y[v] *= z * sigmoid(z);
-            }
+            for (int v = 0; v < V; ++v) y[v] *= z[v] * sigmoid(z[v]);
 #pragma unroll
           for (int v = 0; v < V; ++v)
             if (live[v] && q == 0 && there) out_at[v * CHANNELS] = from_float(y[v]);
         }
-        fetch_gate(k, i + k + AHEAD);
         sum_out.move(1), out_at.move(1);
       }
     }
@@ -255,13 +241,13 @@ __device__ __forceinline__ void forward(const Scan& s, const Direction& d, float
 constexpr int BLOCKS = STATES == 16 ? 6 : 4;  // on a multiprocessor
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const __grid_constant__ Scan s) {
-  forward<16, 2, AHEAD_TOKENS, false, true>(s, s.direction[0], s.pregate);
+  forward<16, 2, 2, false, true>(s, s.direction[0], s.pregate);
 }
 
 // One direction after the other; a thread picks up its own sum.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward_both(const __grid_constant__ Scan s) {
-  forward<16, 2, AHEAD_TOKENS, false, false>(s, s.direction[0], s.pregate);
-  forward<16, 2, AHEAD_TOKENS, true, true>(s, s.direction[1], s.pregate);
+  forward<16, 2, 2, false, false>(s, s.direction[0], s.pregate);
+  forward<16, 2, 2, true, true>(s, s.direction[1], s.pregate);
 }
 
 // For few channels and batch rows: a channel over STATES / 4 lanes. Two directions have their own blocks, and leave
@@ -298,20 +284,12 @@ extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
 // A warp has 32 channels and all states: lane 4 j + q holds the states n = 4 m + q of channels 4 j ... 4 j + 3.
 // Work outside the recurrence is done with lane = channel. What a chunk reads is copied to shared memory while the
 // chunk behind it is worked on.
-#ifndef EARLY
-#define EARLY 0
-#endif
-#ifndef PIN
-#define PIN 0
-#endif
-#ifndef BREAKS
-#define BREAKS 1
-#endif
-#ifndef PIPE
-#define PIPE 1
-#endif
-#ifndef SWEEP
-#define SWEEP 0
+// Whether the states of a step are one stretch of instructions, in which exponentials hide behind sums, or parted by
+// branches. One stretch takes all registers; only these programs have enough. There are STATES states in them (ALIGNED).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool ONE_STRETCH = ALIGNED && FULL && GATED && SKIPS && WARPS == 4 && STATES == 16 && IO != 1;
+#else
+constexpr bool ONE_STRETCH = false;
 #endif
 constexpr int V = 4, S = STATES / 4, STEP = 4, STEPS = CHUNK / STEP;
 
@@ -531,40 +509,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
     float h[S][V];
 #pragma unroll
     for (int m = 0; m < S; ++m) load_quad(state_at(0) + 4 * m * WARP, h[m]);
-#if SWEEP
-    load_step(0);
-#pragma unroll
-    for (int step = 0; step < STEPS - 1; ++step) {
-      if (step >= last) break;
-      float next[STEP][V], next_x[STEP][V];
-      if (step + 2 < STEPS) {
-#pragma unroll
-        for (int k = 0; k < STEP; ++k) {
-          load_quad(rows + ((step + 1) * STEP + k) * ROW + lane - q, next[k]);
-          load_quad(rows + ((step + 1) * STEP + k) * ROW + WARP + lane - q, next_x[k]);
-        }
-      }
-      float B[S][STEP];
-#pragma unroll
-      for (int m = 0; m < S; ++m) load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B[m]);
-      float* after = state_at(step + 1);
-#pragma unroll
-      for (int m = 0; m < S; ++m) {
-#pragma unroll
-        for (int k = 0; k < STEP; ++k)
-#pragma unroll
-          for (int v = 0; v < V; ++v)
-            h[m][v] = fmaf(exp2_approx(delta[k][v] * A[v][m]), h[m][v], delta_x[k][v] * B[m][k]);
-        store_quad(after + 4 * m * WARP, h[m]);
-      }
-      if (step + 2 < STEPS) {
-#pragma unroll
-        for (int k = 0; k < STEP; ++k)
-#pragma unroll
-          for (int v = 0; v < V; ++v) delta[k][v] = next[k][v], delta_x[k][v] = next_x[k][v];
-      }
-    }
-#else
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
       load_step(step);
@@ -581,7 +525,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
         store_quad(after + 4 * m * WARP, h[m]);
       }
     }
-#endif
 
 #pragma unroll 1
     for (int step = last; step >= 0; --step) {
@@ -589,18 +532,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
       float decay[V][STEP];  // of the states to come: the special-function unit works while sums are made
       auto decays = [&](int v, int m) {
 #pragma unroll
-        for (int k = 0; k < STEP; ++k) {
-          decay[v][k] = exp2_approx(delta[k][v] * A[v][m]);
-#if PIN
-          keep(decay[v][k]);
-#endif
-        }
+        for (int k = 0; k < STEP; ++k) decay[v][k] = exp2_approx(delta[k][v] * A[v][m]);
       };
-#if EARLY
-      load_step(step);
-#pragma unroll
-      for (int v = 0; v < V; ++v) decays(v, 0);
-#endif
       Raw<2> raw_dout[STEP / 2], raw_dt[STEP / 2], raw_z[STEP / 2] = {};
       float own_dy[STEP / 2][2], slope[STEP / 2][2];  // slope: d Delta / d dt
       bool there[STEP / 2];
@@ -646,20 +579,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
       float dy[STEP][V], sums[STEP][2 * V] = {};  // sums: s1 and s2 of each channel, side by side
 #pragma unroll
       for (int k = 0; k < STEP; ++k) load_quad(edge + k * EDGE + lane - q, dy[k]);
-#if !EARLY
       load_step(step);
-#endif
       const float* before = state_at(step);
       __syncwarp();
-#if !EARLY && PIPE
 #pragma unroll
       for (int v = 0; v < V; ++v) decays(v, 0);
-#endif
 #pragma unroll
       for (int m0 = 0; m0 < S; m0 += 4) {
 #pragma unroll
         for (int m = m0; m < m0 + 4; ++m) {
-          if (BREAKS && m > 0 && 4 * m >= state) break;  // also keeps the compiler from mixing states, which costs registers
+          if (!ONE_STRETCH && m > 0 && 4 * m >= state) break;
           float B[STEP], C[STEP], dBC[2 * STEP] = {}, now[V];
           load_quad(tile + (4 * m + q) * COLUMN + step * STEP, B);
           load_quad(tile + (STATES + 4 * m + q) * COLUMN + step * STEP, C);
@@ -667,7 +596,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             float decayed[STEP];
-            if (!PIPE) decays(v, m);
 #pragma unroll
             for (int k = 0; k < STEP; ++k) {
               decayed[k] = decay[v][k] * now[v];
@@ -683,7 +611,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
               sums[k][2 * v + 1] = fmaf(w, A[v][m], sums[k][2 * v + 1]);
               dA[v][m] = fmaf(w, delta[k][v], dA[v][m]);
             }
-            if (PIPE && m + 1 < S) decays(v, m + 1);
+            if (m + 1 < S) decays(v, m + 1);
           }
           // Four quads of dB and dC of 4 states, summed over the 8 lanes that have the same states: a lane takes dB or
           // dC of one state, and leaves it where Delta x was. The order of the lanes avoids bank conflicts.

@@ -356,7 +356,8 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
     df, *db = directions
     grads = ScanInputs(df, *(db or [None]), dz)
     if length:
-        call.macros["ALIGNED"] = int(_aligned(scan, size, call.io.itemsize))
+        aligned = int(_aligned(scan, size, call.io.itemsize))
+        call.macros |= {"ALIGNED": aligned, "FULL": call.macros["FULL"] & aligned}
         shared = backward_shared(size, warps, call.io.itemsize)
         call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
     call.sum()
@@ -366,13 +367,13 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 # ---- the convolution -------------------------------------------------------------------------
 
 CONV_THREADS = 128
-SEGMENT, SHORT_SEGMENT = 130, 64  # tokens of a thread, at most
+SEGMENTS = 258, 130, 64  # tokens of a thread, at most
 
 
 def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, list[ConvSide]]:
     """The call, its arguments, and the side of each direction that is given."""
     call = _Call("conv", given.x, K=given.f.weight.shape[1], SILU=int(silu))
-    conv = Conv(*given.x.shape, segment=_segment(*given.x.shape, given.x.device))
+    conv = Conv(*given.x.shape)
     conv.x = call.rows(given.x)
     sides = [conv.future, conv.past] if reverse else [conv.past, conv.future]
     sides = sides[: len(given.directions())]
@@ -382,11 +383,12 @@ def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, li
     return call, conv, sides
 
 
-def _segment(batch: int, length: int, channels: int, device: torch.device) -> int:
-    """Tokens of a thread: even parts of the length, longer ones where they give all processors work."""
-    blocks = batch * -(-channels // (2 * CONV_THREADS)) * -(-length // SEGMENT)
-    longest = SEGMENT if blocks >= 2 * _processors(device) else SHORT_SEGMENT
-    return -(-length // max(-(-length // longest), 1)) or 1
+def _segment(conv: Conv, choices: tuple[int, ...], device: torch.device) -> int:
+    """Tokens of a thread: equal parts of the length, the longest that leave no processor idle."""
+    groups = conv.batch * -(-conv.channels // (2 * CONV_THREADS))
+    parts = [max(-(-conv.length // size), 1) for size in choices]
+    enough = [n for n in parts if groups * n >= 2 * _processors(device)]
+    return max(-(-conv.length // (enough or parts[-1:])[0]), 1)
 
 
 def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
@@ -404,6 +406,7 @@ def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[T
     """`dis_ssm::conv` on a GPU: same arguments and results as `conv_op`."""
     given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
     call, conv, sides = _conv(given, silu, reverse)
+    conv.segment = _segment(conv, SEGMENTS[1:], x.device)
     outputs = [call.empty(*x.shape) for _ in sides]
     for side, y in zip(sides, outputs, strict=True):
         side.y = call.pointer(y)
@@ -415,6 +418,7 @@ def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, rever
     """`dis_ssm::conv_backward` on a GPU: same arguments and results as `conv_backward_op`."""
     given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
     call, conv, sides = _conv(given, silu, reverse)
+    conv.segment = _segment(conv, SEGMENTS, x.device)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
     segments, filters = x.shape[0] * -(-x.shape[1] // conv.segment), []

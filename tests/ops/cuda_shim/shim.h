@@ -137,7 +137,6 @@ inline void __syncwarp() { shim::wait(shim::barriers[threadIdx.x / 32], 32, 0); 
 typedef long long int64;
 inline void keep(int64&) {}
 inline void keep(int&) {}
-inline void keep(float&) {}
 
 // As late as the GPU may: when the thread waits for its copies.
 inline void copy_async(void* to, const void* from) {
