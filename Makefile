@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(BIN)/dis-ssm train experiments/configs/$(DATA).toml --out runs/$(DATA)
 	$(BIN)/dis-ssm sample runs/$(DATA)
-	$(BIN)/dis-ssm evaluate runs/$(DATA)
+	$(BIN)/dis-ssm score runs/$(DATA)
 
 # Training on many processes: the same result, to rounding, at any width, and after every fault.
 survival: $(READY)

@@ -23,13 +23,14 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from dis_ssm.cli.evaluate import evaluate
 from dis_ssm.config import sample_settings, to_dict
+from dis_ssm.metrics import evaluate_samples, format_report
 from dis_ssm.sampling.draw import samples_name
 from dis_ssm.sampling.pipeline import open_pipeline
 from dis_ssm.sampling.sets import draw_set, plan_samples
 from dis_ssm.storage.checkpoint import read_state
 from dis_ssm.system.distributed import World, join_world
+from dis_ssm.system.files import write_json
 
 TRADED = ("precision", "recall")
 
@@ -102,10 +103,15 @@ class Sweep:
         against = f"{Path(self.reference).stem}-{options.split}-{options.extractor}"
         path = images.with_name(f"{images.stem}-to-{against}.json")
         if not self.world.gather(_newer(path, images))[0]:
-            named = {"extractor": options.extractor, "weights": options.weights, "out": path}
+            named = {"extractor": options.extractor, "weights": options.weights}
             if not self.reference.endswith(".npz"):
                 named |= {"image_size": size, "split": options.split}
-            evaluate(images, self.reference, **named)
+            report = evaluate_samples(
+                images, self.reference, world=self.world, progress=self.world.main, **named
+            )
+            if self.world.main:
+                write_json(path, report)
+                print(format_report(report), path, sep="\n")
         return json.loads(path.read_text(encoding="utf-8")) if self.world.main else None
 
 

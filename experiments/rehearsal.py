@@ -160,7 +160,7 @@ def main() -> None:
 
     shard = ["--shard-size", 256, "--image-size", SIDE, "--vae", vae]
     run("encode", photos, cache, *shard, processes=PROCESSES)
-    run("encode", "--check", cache)
+    run("check", cache)
     latents = open_dataset(cache)
     check(len(latents) == len(open_dataset(photos, image_size=SIDE)), "latents were lost")
 

@@ -29,7 +29,8 @@ from dis_ssm.sampling.grids import save_images
 from dis_ssm.storage.run import score_path
 from dis_ssm.system.files import write_json
 from dis_ssm.system.machine import pick_device
-from dis_ssm.training.trainer import train
+from dis_ssm.system.tables import format_table
+from dis_ssm.training import train
 
 __all__ = ["write_json"]
 
@@ -300,9 +301,8 @@ def with_error(mean: float, error: float | None) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown, the first row being its head, the first column left-aligned."""
-    head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([head, "|" + "---|" + "---:|" * (len(rows[0]) - 1), *body])
+    """Markdown, the first row being its header, numbers to the right."""
+    return format_table(rows, right=True, markdown=True)
 
 
 def _record(run: Path) -> dict[str, Any]:

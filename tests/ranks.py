@@ -5,12 +5,16 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
+from functools import cache
 
 import torch
 
+from dis_ssm import cli
 from dis_ssm.storage.checkpoint import complete_checkpoints, read_part, read_state
 from dis_ssm.training.trainer import PARTS
+from faults import Place
 
 STEPS, SAVES = 10, 5
 GRACE = 30  # seconds that a scheduler leaves between SIGTERM and SIGKILL
@@ -39,32 +43,13 @@ num = 10
 steps = 3
 """
 
-RANK = """
-import os, signal, sys, time
-signal.alarm(150)  # should the test be killed
-out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(out, 1), os.dup2(out, 2)
-os.environ.update(environment)
-rank = int(environment.get("RANK", 0))
 
-import torch
-from dis_ssm import cli
-from dis_ssm.sampling import pipeline
-from dis_ssm.storage import checkpoint
-from dis_ssm.training import batches, preview, trainer as train
-
-torch.set_num_threads(1)
-
-def pause():
-    open(marker, "w").close()
-    time.sleep(600)
-
-exec(faults)
-sys.exit(cli.main(arguments))
-"""
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dis_ssm.training.trainer", "dis_ssm.cli", "sklearn.datasets"])
+@cache
+def server():
+    """What forks the processes, having imported what they need; POSIX has it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dis_ssm.training", "dis_ssm.cli", "sklearn.datasets"])
+    return context
 
 
 def free_port():
@@ -73,29 +58,36 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Ranks:
-    """`size` processes that train in `run`; `faults` is code that each runs first, as `rank`."""
+def rank_main(arguments, environment, output, marker, fault):
+    """What each process does: `dis-ssm` with these arguments, after `fault` has been put in."""
+    signal.alarm(150)  # should the test be killed
+    out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if fault:
+        fault(Place(int(environment.get("RANK", 0)), marker))
+    sys.exit(cli.main(arguments))
 
-    def __init__(self, run, size=2, parallel="ddp", *flags, faults=""):
-        config = run.with_suffix(".toml")
-        config.write_text(CONFIG)
+
+class Ranks:
+    """`size` processes that train in `run`, each with `fault`, one of the module `faults`."""
+
+    def __init__(self, run, size=2, parallel="ddp", *flags, fault=None, config=CONFIG):
+        file = run.with_suffix(".toml")
+        file.write_text(config)
         self.run, self.size, self.parallel = run, size, parallel
         self.output = run.with_suffix(f".{time.monotonic_ns()}.txt")
         self.marker = run.with_suffix(".marker")
         self.marker.unlink(missing_ok=True)
-        arguments = ["train", str(config), "--out", str(run), "--train.parallel", parallel, *flags]
+        arguments = ["train", str(file), "--out", str(run), "--train.parallel", parallel, *flags]
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.processes = []
         for rank in range(size):
             environment = {**world, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}
-            names = {
-                "environment": {name: str(value) for name, value in environment.items()},
-                "arguments": arguments,
-                "output": str(self.output),
-                "marker": str(self.marker),
-                "faults": faults,
-            }
-            self.processes.append(SERVER.Process(target=exec, args=(RANK, names), daemon=True))
+            environment = {name: str(value) for name, value in environment.items()}
+            given = (arguments, environment, str(self.output), self.marker, fault)
+            self.processes.append(server().Process(target=rank_main, args=given, daemon=True))
         for process in self.processes:
             process.start()
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dis_ssm.config import SIZES, Config, resolve
+from dis_ssm.config import SIZES, Config, DiffusionConfig, ModelConfig, resolve
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.latents import LatentDataset
 from dis_ssm.data.open import open_dataset
 from dis_ssm.diffusion.gaussian import Diffusion
 from dis_ssm.models import DiS, DiS_models, create_model
@@ -27,8 +26,17 @@ def load_model(
 ) -> tuple[DiS, Config]:
     """The model of a RUN folder (its newest complete checkpoint) or of a checkpoint folder.
 
-    `weights` is "ema" or "model" (as trained); the model is in eval mode. Raises ValueError, and
-    CheckpointError naming the file or tensor, when it is damaged or does not fit.
+    Args:
+        path: the folder.
+        weights: "ema", the average, or "model", as trained.
+        device: where the weights go; None: the CPU.
+
+    Returns:
+        The model in eval mode, and the config of the run.
+
+    Raises:
+        ValueError: `weights` is something else, or `path` is neither.
+        CheckpointError: a file or a tensor, which it names, is damaged or does not fit.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
@@ -45,7 +53,10 @@ def start_from(model: DiS, path: str | Path) -> None:
     """Give `model` the averaged weights of a RUN or checkpoint, for fine-tuning.
 
     The position embedding is interpolated when the input size differs (`resize_positions`);
-    everything else must fit. Raises ValueError and CheckpointError as `load_model`.
+    everything else must fit.
+
+    Raises:
+        ValueError, CheckpointError: as `load_model`.
     """
     _, folder = locate(path)
     state = read_state(folder)
@@ -56,7 +67,11 @@ def start_from(model: DiS, path: str | Path) -> None:
 
 
 def open_run(config: Config) -> tuple[Config, ImageDataset]:
-    """The config with what it takes from its data, and the data."""
+    """The config with what it takes from its data, and the data.
+
+    Raises:
+        ValueError: the data cannot be opened, or contradicts the config.
+    """
     data = config.data
     dataset = open_dataset(
         data.source,
@@ -68,12 +83,16 @@ def open_run(config: Config) -> tuple[Config, ImageDataset]:
         relabel=data.relabel,
     )
     shape = {name: getattr(dataset, name) for name in ("channels", "height", "width")}
-    shape |= {"latents": isinstance(dataset, LatentDataset)}
+    shape |= {"latents": dataset.latents}
     return resolve(config, num_classes=dataset.num_classes, **shape), dataset
 
 
 def build_model(config: Config) -> DiS:
-    """The DiS of a resolved config, with its initial weights."""
+    """The DiS of a resolved config, with its initial weights.
+
+    Raises:
+        ValueError: the sizes are not all given, or given twice, or do not fit one another.
+    """
     values = dataclasses.asdict(config.model)
     name, sizes = values.pop("name"), {key: values.pop(key) for key in SIZES}
     given = [key for key, value in sizes.items() if value is not None]
@@ -88,11 +107,11 @@ def build_model(config: Config) -> DiS:
     return DiS(**sizes, **values)
 
 
-def depth_of(config: Config) -> int:
+def depth_of(model: ModelConfig) -> int:
     """The number of blocks."""
-    model = config.model
     return model.depth or DiS_models[model.name].keywords["depth"]
 
 
-def build_diffusion(config: Config) -> Diffusion:
-    return Diffusion(**dataclasses.asdict(config.diffusion))
+def build_diffusion(settings: DiffusionConfig) -> Diffusion:
+    """The process that the section describes."""
+    return Diffusion(**dataclasses.asdict(settings))

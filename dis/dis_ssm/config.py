@@ -2,7 +2,7 @@
 
     config = load_config("digits")                      # a file, or a name of `named_configs`
     config = resolve(config, channels=1, height=8, width=8, num_classes=10)
-    model, diffusion = build_model(config), build_diffusion(config)
+    model, diffusion = build_model(config), build_diffusion(config.diffusion)
 
 A key that no section has, or a value of the wrong type, is a ValueError.
 """
@@ -13,13 +13,12 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.system.reading import parsing, read_json, read_text
 
 Schedule = Literal["linear", "cosine"]
@@ -33,6 +32,13 @@ MOST_STEPS = 10**12  # of training
 MOST_TIMESTEPS = 10**6  # of the diffusion
 MOST_MINUTES = 10**6
 LARGEST_SEED = 2**63 - 1
+FREE = {"free_on_resume": True}  # metadata of a field, or of a whole section
+
+
+def _free(default: Any) -> Any:
+    """A field that may differ when a run is continued: it changes what is written, or how that is
+    computed, not what is learned."""
+    return field(default=default, metadata=FREE)
 
 
 def _check(section: object, condition: bool, name: str, remedy: str) -> None:
@@ -120,9 +126,9 @@ class DataConfig:
     source: str = "digits"  # digits, fashion-mnist, a data set on disk, or a latent cache
     image_size: int | None = None  # side in pixels; folders of images need it
     flip: bool = False  # mirror half of the images left to right
-    max_corrupt: int = 10  # images that may be unreadable before that is an error
-    workers: int | None = None  # threads that decode images; None: as many as cores, at most 8
-    vae: str | None = None  # decodes latents for previews and scores; None: that of the cache
+    max_corrupt: int = _free(10)  # images that may be unreadable before that is an error
+    workers: int | None = _free(None)  # threads that decode images; None: one a core, at most 8
+    vae: str | None = _free(None)  # decodes latents to show and score them; None: the cache's
     background: Literal["white", "black", "drop"] = "white"  # of images with alpha; drop: ignore it
     relabel: bool = False  # map the labels that occur to 0, 1, ... where they have holes
     latents: bool | None = None  # whether source is a latent cache; None: as found
@@ -139,7 +145,7 @@ class TrainConfig:
 
     steps: int = 500_000
     batch_size: int = 128  # images per step
-    micro_batch_size: int | None = None  # images per backward pass; None: a process's whole share
+    micro_batch_size: int | None = _free(None)  # images per backward pass; None: all of a process
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = 0  # linear rise that multiplies the schedule
@@ -150,18 +156,18 @@ class TrainConfig:
     ema_decay: float = 0.9999
     ema_warmup: int = 10  # decay of update n is min(ema_decay, (1 + n) / (ema_warmup + n)); 1: off
     precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast, weights stay float32
-    grad_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
-    compile: bool = False  # torch.compile
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # over processes: copies, or shards (FSDP2)
+    grad_checkpointing: bool = _free(False)  # recompute blocks in the backward pass to save memory
+    compile: bool = _free(False)  # torch.compile
+    parallel: Literal["ddp", "fsdp"] = _free("ddp")  # over processes: copies, or shards (FSDP2)
     init: str | None = None  # a run or checkpoint whose averaged weights to start from
-    wandb: str | None = None  # a Weights & Biases project to log to as well
+    wandb: str | None = _free(None)  # a Weights & Biases project to log to as well
     seed: int = 0
-    max_nonfinite: int = 10  # stop after so many skipped steps in a row
-    log_every: int = 10
-    save_every: int = 5000
-    keep: int = 3  # newest checkpoints kept
-    device: str | None = None  # None: cuda if there is one, else cpu
-    timeout_minutes: float = 30.0  # of a step in many processes, one of which may hang
+    max_nonfinite: int = _free(10)  # stop after so many skipped steps in a row
+    log_every: int = _free(10)
+    save_every: int = _free(5000)
+    keep: int = _free(3)  # newest checkpoints kept
+    device: str | None = _free(None)  # None: cuda if there is one, else cpu
+    timeout_minutes: float = _free(30.0)  # of a step in many processes, one of which may hang
 
     def __post_init__(self):
         _finite(self)
@@ -228,13 +234,13 @@ class ScoreConfig:
 class Config:
     """A whole run. `out` is the folder RUN that holds everything it writes."""
 
-    out: Path = Path("runs/dis")
+    out: Path = field(default=Path("runs/dis"), metadata=FREE)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig, metadata=FREE)
+    score: ScoreConfig = field(default_factory=ScoreConfig, metadata=FREE)
 
     def __post_init__(self):
         text = str(self.out)
@@ -242,15 +248,16 @@ class Config:
         _check(self, readable, "out", "TensorBoard writes to names in UTF-8 only")
 
 
-# What may differ when a run is continued: it changes what is written, not what is learned.
-FREE_ON_RESUME = frozenset(
-    {"out", "train.max_nonfinite", "train.log_every", "train.save_every", "train.keep"}
-    | {"train.timeout_minutes"}
-    | {"train.device", "train.parallel", "train.micro_batch_size", "train.compile", "train.wandb"}
-    | {"train.grad_checkpointing", "data.max_corrupt", "data.workers", "data.vae"}
-    | {f"sample.{f.name}" for f in dataclasses.fields(SampleConfig)}
-    | {f"score.{f.name}" for f in dataclasses.fields(ScoreConfig)}
-)
+def free_on_resume(section: type = Config, prefix: str = "", whole: bool = False) -> set[str]:
+    """The keys "section.field" of the fields marked `FREE`, which may differ in a continued run."""
+    found = set()
+    for entry in dataclasses.fields(section):
+        name, free = prefix + entry.name, whole or FREE.items() <= entry.metadata.items()
+        if dataclasses.is_dataclass(entry.type):
+            found |= free_on_resume(entry.type, f"{name}.", free)
+        elif free:
+            found.add(name)
+    return found
 
 
 def named_configs() -> dict[str, Path]:
@@ -261,12 +268,16 @@ def named_configs() -> dict[str, Path]:
 
 def load_config(source: str | Path) -> Config:
     """Read a TOML or JSON file, or a name of `named_configs`; what it leaves out is default, but
-    for the config.json of a run (see `from_saved`)."""
+    for the config.json of a run (see `from_saved`).
+
+    Raises:
+        ValueError: there is no such file or name, or a key or value in it is wrong.
+    """
     path = Path(source)
     if not path.suffix and not path.is_file():
         named = named_configs()
         if str(source) not in named:
-            hint = _near(str(source), named) or f"there are {', '.join(named) or 'none'}"
+            hint = did_you_mean(str(source), named)
             raise ValueError(f"no file or named configuration {str(source)!r}; {hint}")
         path = named[str(source)]
     if path.suffix == ".json":
@@ -282,12 +293,20 @@ def load_config(source: str | Path) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Config from nested dictionaries of plain values; the inverse of `to_dict`."""
+    """Config from nested dictionaries of plain values; the inverse of `to_dict`.
+
+    Raises:
+        ValueError: a key is unknown, or a value wrong.
+    """
     return _convert(values, Config, "")
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """`from_dict` of what a run saved: before data.background there was only "drop"."""
+    """`from_dict` of what a run saved: before data.background there was only "drop".
+
+    Raises:
+        ValueError: as `from_dict`.
+    """
     data = values.get("data") if isinstance(values, dict) else None
     if isinstance(data, dict):
         values = values | {"data": {"background": "drop"} | data}
@@ -311,12 +330,12 @@ def to_toml(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Lines "section.field: old -> new" for what changes training (not `FREE_ON_RESUME`).
+    """Lines "section.field: old -> new" for what changes training (not `free_on_resume`).
 
     With a constant learning rate more steps change nothing before them, so `train.steps` may grow.
     """
     before, after = flat(to_dict(old)), flat(to_dict(new))
-    free = set(FREE_ON_RESUME)
+    free = free_on_resume()
     if old.data.latents is None:  # 0.1.0 did not say
         free.add("data.latents")
     if new.train.lr_schedule == "constant" and new.train.steps > old.train.steps:
@@ -337,7 +356,17 @@ def resolve(
     num_classes: int,
     latents: bool = False,
 ) -> Config:
-    """Fill what follows from the data. ValueError where the two contradict each other."""
+    """Fill what follows from the data.
+
+    Args:
+        config: as the user gave it.
+        channels, height, width: of what the model is to learn.
+        num_classes: of the data; 0 without labels.
+        latents: whether the data is a latent cache.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
     if config.data.latents not in (None, latents):
         what = "a latent cache" if latents else "not a latent cache"
         raise ValueError(
@@ -369,7 +398,11 @@ def resolve(
 
 
 def sample_settings(config: Config, **flags: Any) -> SampleConfig:
-    """The [sample] section under those flags that are not None; ValueError if they do not fit."""
+    """The [sample] section under those flags that are not None.
+
+    Raises:
+        ValueError: they do not fit the model, or one another.
+    """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = dataclasses.replace(config.sample, **given)
     for name in ("cfg_channels", "cfg_interval"):
@@ -382,7 +415,11 @@ def sample_settings(config: Config, **flags: Any) -> SampleConfig:
 
 
 def check_guidance(config: Config, cfg_scale: float) -> None:
-    """ValueError when guidance is asked of a model that never saw the null class."""
+    """Check that guidance is not asked of a model that never saw the null class.
+
+    Raises:
+        ValueError: it is.
+    """
     model = config.model
     if cfg_scale != 1 and not (model.num_classes and model.class_dropout_prob):
         raise ValueError(
@@ -392,14 +429,22 @@ def check_guidance(config: Config, cfg_scale: float) -> None:
 
 
 def check_guided_channels(config: Config, settings: SampleConfig) -> None:
-    """ValueError when more channels are to be guided than the model has."""
+    """Check that no more channels are to be guided than the model has.
+
+    Raises:
+        ValueError: more are.
+    """
     wanted, there = settings.cfg_channels, config.model.in_channels
     if wanted is not None and wanted > there:
         raise ValueError(f"cfg_channels {wanted} exceeds the {there} channels of the model")
 
 
 def check_steps(config: Config, settings: SampleConfig) -> None:
-    """ValueError when sampling takes more steps than the diffusion has."""
+    """Check that sampling takes no more steps than the diffusion has.
+
+    Raises:
+        ValueError: it takes more.
+    """
     if settings.steps > (most := config.diffusion.num_steps):
         raise ValueError(f"sample.steps {settings.steps} exceeds diffusion.num_steps {most}")
 
@@ -443,15 +488,9 @@ def _convert_section(values: Any, section: type, name: str) -> Any:
 def _suggest(key: str, hints: dict[str, Any], prefix: str) -> str:
     known = flat(to_dict(Config()))
     elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == key]
-    near = _near(key, hints, prefix)
     if elsewhere:
-        return f"did you mean {elsewhere[0]!r}?"
-    return near or f"known here: {', '.join(hints)}"
-
-
-def _near(key: str, known: Iterable[str], prefix: str = "") -> str:
-    found = nearest(key, known)
-    return f"did you mean {prefix + found[0]!r}?" if found else ""
+        return did_you_mean(key, known, near=elsewhere[:1])
+    return did_you_mean(key, hints, prefix=prefix)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

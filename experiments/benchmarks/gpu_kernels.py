@@ -75,7 +75,7 @@ FORMULAS = {
 
 
 def floors(gpu: Gpu, kernel: str, name: str, shape: tuple, size: int) -> dict[str, float]:
-    """Microseconds for :data:`WORK` of (batch, length, channels, state), ``size`` bytes a value."""
+    """Microseconds for `WORK` of (batch, length, channels, state), `size` bytes a value."""
     batch, length, channels, state = shape
     rates = {"memory": gpu.bandwidth / size}
     rates["exp"] = 16 * gpu.processors * gpu.clock
@@ -88,7 +88,7 @@ def floors(gpu: Gpu, kernel: str, name: str, shape: tuple, size: int) -> dict[st
 
 
 def scan_inputs(shape: tuple, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Of ``bidirectional_selective_scan``; A, D and dt_bias are float32."""
+    """Of `bidirectional_selective_scan`; A, D and dt_bias are float32."""
     batch, length, channels, state = shape
     g = torch.Generator(device).manual_seed(0)
 
@@ -166,7 +166,7 @@ def short(number: float) -> float | str:
 
 
 def check(rows: dict, kernel: str, device: torch.device, shapes: list[tuple]) -> None:
-    """Adds a row of :func:`verify` for every direction, dtype and shape of the kernel."""
+    """Adds a row of `verify` for every direction, dtype and shape of the kernel."""
     for name, (function, make) in KERNELS[kernel].items():
         for dtype in DTYPES:
             for shape in shapes:

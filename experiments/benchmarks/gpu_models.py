@@ -44,7 +44,7 @@ def task(model, training: bool, size: int, batch: int, device: torch.device) -> 
 
 
 def graphed(run: Callable) -> Callable:
-    """``run`` as one CUDA graph."""
+    """`run` as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

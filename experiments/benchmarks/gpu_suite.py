@@ -4,11 +4,11 @@
 
 First every kernel is compared with the float64 reference; one that is wrong is not timed and the
 exit code is 1. Kernel times come from CUDA events behind a flush of the L2 cache, contenders in
-turn, and stand beside the floors of ``gpu_kernels.WORK``. Model times are wall-clock times of whole
+turn, and stand beside the floors of `gpu_kernels.WORK`. Model times are wall-clock times of whole
 training steps and network evaluations. A section starts only while its estimated time is left and
 is cut off at the end; the JSON says what was left out and why. A PNG is drawn beside it.
 
-mamba-ssm takes part when its kernels can be imported (``peers.mamba_bidirectional`` has a recipe
+mamba-ssm takes part when its kernels can be imported (`peers.mamba_bidirectional` has a recipe
 that builds only those), DiT when diffusers can. No network is used.
 """
 
@@ -73,7 +73,7 @@ class Budget:
         self.left_out: dict[str, str] = {}
 
     def run(self, title: str, estimate: float, section: Callable, *arguments) -> None:
-        """``section(*arguments)``, if ``estimate`` seconds are left; its errors are noted."""
+        """`section(*arguments)`, if `estimate` seconds are left; its errors are noted."""
         start = time.monotonic()
         left = self.end - start
         if left < estimate:
@@ -114,7 +114,7 @@ def run(
     models=MODELS,
     time_model: Callable = gpu_models.time_model,
 ) -> bool:
-    """Fills ``report``; True if every kernel is right."""
+    """Fills `report`; True if every kernel is right."""
     report["left out"] = budget.left_out
     device, right = stopwatch.device, []
     batch, width, state = sizes

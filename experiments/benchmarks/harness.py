@@ -26,7 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler reports every 
 
 
 def race(contenders: dict[str, Callable], rounds: int, sync: Callable = lambda: None) -> dict:
-    """Runs the contenders in turn, round after round; a turn is a warm-up call and then ``TURN``.
+    """Runs the contenders in turn, round after round; a turn is a warm-up call and then `TURN`.
 
     Returns name -> {"ms": median, "ratio": median over the rounds of time / the first one's time
     in the same round}: what slows a whole round does not move the ratio.
@@ -64,7 +64,7 @@ def keep_freed_memory() -> None:
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Largest difference, relative to the largest entry of ``truth``; inf if not finite."""
+    """Largest difference, relative to the largest entry of `truth`; inf if not finite."""
     if value.shape != truth.shape:
         raise SystemExit(f"shape {tuple(value.shape)} instead of {tuple(truth.shape)}")
     difference = (value.double() - truth.double()).abs().max() / truth.double().abs().max()

@@ -49,7 +49,7 @@ def rate(dataset: LatentDataset, batch_size: int, seconds: float = 1.0) -> float
         start, count = time.perf_counter(), 0
         while (spent := time.perf_counter() - start) < seconds:
             indices = torch.randint(len(dataset), (batch_size,), generator=generator)
-            dataset.moments(indices, torch.rand(batch_size, generator=generator) < 0.5)
+            dataset.stored(indices, torch.rand(batch_size, generator=generator) < 0.5)
             count += batch_size
         rates.append(count / spent)
     return statistics.median(rates)

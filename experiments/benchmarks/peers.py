@@ -1,4 +1,4 @@
-"""Other implementations of the selective scan, on the tensors of ``dis_ssm.ops.selective_scan``.
+"""Other implementations of the selective scan, on the tensors of `dis_ssm.ops.selective_scan`.
 
 Each takes x, dt, z (b, l, d), A (d, n), B, C (b, l, n), D, dt_bias (d,) and returns (b, l, d).
 """
@@ -47,7 +47,7 @@ def lean_training(x, dt, A, B, C, D, z, dt_bias) -> Tensor:
 def _mamba_interface():
     """mamba-ssm's module of the scan without the rest of its package; None if not installed.
 
-    Its compiled part is replaced by a stub with a ``reason`` where it cannot be imported.
+    Its compiled part is replaced by a stub with a `reason` where it cannot be imported.
     """
     spec = importlib.util.find_spec("mamba_ssm")
     if spec is None:
@@ -67,7 +67,7 @@ def _mamba_interface():
 
 
 def mamba_reference():
-    """mamba-ssm's ``selective_scan_ref``; None if not installed.
+    """mamba-ssm's `selective_scan_ref`; None if not installed.
 
     Its files suffice: MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-deps
     --no-build-isolation mamba-ssm
@@ -87,22 +87,22 @@ REVERSED = ("dt_b", "B_b", "C_b")  # projected from the flipped sequence, so alr
 
 
 def to_mamba(name: str, t: Tensor) -> Tensor:
-    """A tensor of ``bidirectional_selective_scan`` as mamba-ssm's users hold it: (b, d, l)."""
+    """A tensor of `bidirectional_selective_scan` as mamba-ssm's users hold it: (b, d, l)."""
     if t.ndim == 3:
         t = (t.flip(1) if name in REVERSED else t).mT.contiguous()
     return t
 
 
 def mamba_bidirectional():
-    """mamba-ssm's CUDA scan as bidirectional users call it, on tensors of :func:`to_mamba`.
+    """mamba-ssm's CUDA scan as bidirectional users call it, on tensors of `to_mamba`.
 
     x and z are flipped, each direction is gated, the second output is flipped back and added: nine
     passes over a tensor beside the scans. Vision Mamba's v2 does the same.
 
     To build the CUDA kernels of Mamba-1 alone, for one architecture (here sm_90), with nvcc of the
-    same major version as torch's CUDA. ``TORCH_CUDA_ARCH_LIST`` has no effect because setup.py
-    names nine architectures itself; ``--no-deps`` leaves out what Mamba-2 and 3 need. Releases up
-    to 2.3.2.post1 build the kernels by default, later ones only with ``MAMBA_KEEP_CUDA_BUILD``::
+    same major version as torch's CUDA. `TORCH_CUDA_ARCH_LIST` has no effect because setup.py
+    names nine architectures itself; `--no-deps` leaves out what Mamba-2 and 3 need. Releases up
+    to 2.3.2.post1 build the kernels by default, later ones only with `MAMBA_KEEP_CUDA_BUILD`::
 
         git clone --depth 1 --branch v2.3.2.post1 https://github.com/state-spaces/mamba && cd mamba
         sed -i -E 's/compute_[0-9]+,code=sm_[0-9]+/compute_90,code=sm_90/' setup.py

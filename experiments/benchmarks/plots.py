@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/plots.py FILE.json [...]
 
-The PNG is written beside the JSON. Needs matplotlib (``pip install '.[plot]'``).
+The PNG is written beside the JSON. Needs matplotlib (`pip install '.[plot]'`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _comparisons(row: dict) -> Iterator[tuple[str, float]]:
 
 
 def draw(report: dict, path: Path) -> Path:
-    """Writes the figure to ``path`` and returns it; raises ValueError if nothing was measured."""
+    """Writes the figure to `path` and returns it; raises ValueError if nothing was measured."""
     import matplotlib.figure
 
     tables = list(panels(report))

@@ -73,7 +73,7 @@ def training(run, inputs, grad):
 
 
 def exponentials(count: int):
-    """``count`` of the kernel's own exp2 in the first-level cache, on one thread; checked."""
+    """`count` of the kernel's own exp2 in the first-level cache, on one thread; checked."""
     exp2 = cpu.library().dis_ssm_exp2
     grid = torch.linspace(-120, 120, 1 << 16)
     exact = grid.double().exp2()

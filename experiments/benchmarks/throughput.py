@@ -6,7 +6,7 @@
 A training step is forward, mean square, backward and AdamW; sampling is one network evaluation, of
 which a sample takes one a step, two with guidance. DiT is diffusers' class with one pair of
 embedders, U-ViT `dis_ssm.models.uvit.UViT`. All contenders of a resolution take turns in one
-process, at the same batch: as many images as hold ``--tokens`` patches of 2x2. "peak GB" is what
+process, at the same batch: as many images as hold `--tokens` patches of 2x2. "peak GB" is what
 the tensors of one contender take, its weights and optimizer included. A PNG is drawn beside the
 JSON.
 """

@@ -11,7 +11,7 @@ latents=data/imagenet512-latents run=${RUN:-runs/imagenet512}
 
 ls "$reference" > /dev/null  # training scores against it: better missed now than then
 launch encode "$images" $latents --image-size 512 --vae "$vae" --precision bf16
-dis-ssm encode --check $latents
+dis-ssm check $latents
 launch train imagenet512 --out $run --data.source $latents --data.vae "$vae" "$@"
 for cfg in 1 1.5; do
     set=$run/fid50k-cfg-$cfg.npz

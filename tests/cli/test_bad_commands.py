@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dis_ssm.cli import entry
-from dis_ssm.cli.evaluate import ALONE, DRAWN
+from dis_ssm.cli.evaluate import Drawing
 from dis_ssm.config import Config
 from helpers import contents, released_weights, tidy
 
@@ -25,19 +25,20 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 COMMANDS = {
     name: getattr(entry, name)
-    for name in ("sample", "evaluate", "encode", "info", "convert", "flops")
+    for name in ("sample", "score", "evaluate", "encode", "check", "info", "convert", "flops")
 }
 BASES = {  # a command line that is accepted, but for what a case adds or takes away
     "train": ["train", "config.toml", "--out", "new"],
     "sample": ["sample", "run", "--num", "2", "--out", "set.npz"],
+    "score": ["score", "run"],
     "evaluate": ["evaluate", "a.npz", "b.npz", "--extractor", "pixels"],
-    "evaluate run": ["evaluate", "run"],
+    "evaluate run": ["evaluate", "run", "--extractor", "pixels"],
     "encode": ["encode", "images", "cache", "--vae", "vae", "--image-size", "8"],
+    "check": ["check", "cache"],
     "info": ["info"],
     "convert": ["convert", "weights.pt", "converted"],
     "flops": ["flops", "--models", "DiS-S/2", "--size", "32", "32"],
 }
-OF_A_RUN = {name.replace("_", "-") for name in (*DRAWN, *ALONE)}
 LONG = "n" * 300
 PLACES = ["nowhere/deep/x", "empty", "pipe", "/dev/null", LONG, "\udcff.png"]
 
@@ -59,18 +60,16 @@ class Case(NamedTuple):
 def flags_of(command: str) -> list[Flag]:
     if command == "train":
         return [*dataclass_flags(Config, ""), Flag("extend", int | None), Flag("dry-run", bool)]
-    function = COMMANDS[command.split()[0]]
+    if command == "evaluate run":
+        return [*dataclass_flags(Drawing, "")]
+    function = COMMANDS[command]
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
-    flags = [
+    return [
         Flag(p.name.replace("_", "-"), hints[p.name])
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY
+        if p.kind is p.KEYWORD_ONLY and not dataclasses.is_dataclass(hints[p.name])
     ]
-    if function is entry.evaluate:
-        run = command == "evaluate run"
-        flags = [flag for flag in flags if (flag.name in OF_A_RUN) == run]
-    return flags
 
 
 def dataclass_flags(section: type, prefix: str):
@@ -83,7 +82,7 @@ def dataclass_flags(section: type, prefix: str):
 
 
 def positionals_of(command: str) -> int:
-    if command in ("train", "evaluate run"):
+    if command in ("train", "score", "evaluate run"):
         return 1
     parameters = inspect.signature(COMMANDS[command.split()[0]]).parameters.values()
     return sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
@@ -132,8 +131,6 @@ def cases_of(command: str):
                 continue  # the parser's own refusal, once a type
             tried.add((command, flag.hint))
             names = (last, *(word for word in words if word))
-            if flag.hint is bool:
-                names += ("images are scored",)  # the word became a reference
             yield Case((*base, option, *words), names, certain)
         if "." in flag.name and flag.hint in (int, str):
             continue  # many flags of train are alike

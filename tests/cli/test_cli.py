@@ -16,8 +16,8 @@ from PIL import Image
 
 from dis_ssm import cli
 from dis_ssm.build import build_model, load_model
-from dis_ssm.cli import evaluate as evaluate_module
-from dis_ssm.cli import main
+from dis_ssm.cli import main, messages
+from dis_ssm.cli import score as score_module
 from dis_ssm.config import (
     Config,
     DiffusionConfig,
@@ -33,16 +33,9 @@ from dis_ssm.sampling.grids import GAP, label_columns, make_grid
 from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.checkpoint import save_checkpoint
 from dis_ssm.system import distributed
-from dis_ssm.training.trainer import Trainer
+from dis_ssm.training.trainer import Trainer, Update
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def restored_warnings(monkeypatch):
-    import warnings
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +168,7 @@ def test_a_diverged_run_is_one_line(run, tmp_path, monkeypatch, capsys):
     def nan(self, batch, stop=None):
         self.nonfinite_in_a_row = 10
         self.step += 1
-        return {"loss": float("nan")}
+        return Update({"loss": float("nan")}, None)
 
     monkeypatch.setattr(Trainer, "update", nan)
     assert main(["train", config_of(run), "--out", str(tmp_path / "run")]) == 2
@@ -340,14 +333,14 @@ def test_info_says_which_kernels_run(capsys):
     assert "reference" in capsys.readouterr().out
 
 
-def test_evaluate_scores_the_run(run, capsys):
+def test_a_run_is_scored(run, capsys):
     flags = ["--num", "20", "--steps", "2", "--bound-images", "4", "--bound-terms", "2"]
-    assert main(["evaluate", str(run), *flags]) == 0
+    assert main(["score", str(run), *flags]) == 0
     *table, path = capsys.readouterr().out.splitlines()
     assert any("accuracy" in line for line in table)
     scores = json.loads(Path(path).read_text())
     assert scores["num"] == 20 and scores["checkpoint_step"] == 2
-    assert main(["evaluate", str(run), *flags, "--bound-terms", "0", "--cfg-scale", "2"]) == 0
+    assert main(["score", str(run), *flags, "--bound-terms", "0", "--cfg-scale", "2"]) == 0
     other = capsys.readouterr().out.splitlines()[-1]
     assert other != path and json.loads(Path(path).read_text()) == scores
 
@@ -356,9 +349,9 @@ def test_scores_are_printed_although_they_cannot_be_written(run, monkeypatch, ca
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(evaluate_module, "write_json", full)
+    monkeypatch.setattr(messages, "write_json", full)
     flags = ["--num", "20", "--steps", "2", "--bound-terms", "0", "--seed", "9"]
-    assert main(["evaluate", str(run), *flags]) == 2
+    assert main(["score", str(run), *flags]) == 2
     captured = capsys.readouterr()
     assert "FD-pixels" in captured.out and "no space left" in captured.err
 
@@ -366,7 +359,7 @@ def test_scores_are_printed_although_they_cannot_be_written(run, monkeypatch, ca
 def test_every_command_is_offered(capsys):
     assert exits(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("train", "sample", "evaluate", "info", "convert"))
+    assert all(name in text for name in ("train", "sample", "score", "evaluate", "encode", "check"))
     assert exits(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert "digits" in text and "--train.micro-batch-size" in text
@@ -390,27 +383,21 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["scores"]["fd_pixels"]["value"] < 1e-9
     capsys.readouterr()
     assert main(["evaluate", a]) == 2
-    assert "say what to compare it with" in capsys.readouterr().err
+    assert "give a REFERENCE to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["{a}", "{a}", "--num", "7"], "--num has no meaning where images are scored"),
-        (
-            ["{run}", "--resize", "9"],
-            "--resize has no meaning where a run is scored without a REFERENCE",
-        ),
+        (["{a}", "{a}", "--num", "7"], "is no run, from which images are drawn: leave out --num"),
+        (["{run}"], "; class accuracy and bits per dimension: dis-ssm score {run}"),
         (["{a}", "{b}", "--extractor", "pixels", "--batch-size", "0"], "batch_size is 0"),
         (["{a}", "{b}", "--image-size", "8"], "is taken as it is"),
-        (["{a}", "{a}", "--num", "600"], "--num has no meaning where images are scored"),
-        (["{a}", "{b}", "--vae", "x/y"], "--vae has no meaning where images are scored"),
-        (["{run}", "--vae", "x/y"], "--vae has no meaning where a run is scored without"),
+        (["{a}", "{b}", "--vae", "x/y", "--seed", "1"], "leave out --seed, --vae"),
         (["{run}", "{a}", "--num", "1"], "is 1 image: a distance needs 2 or more"),
         (["{run}", "{run}"], "is a run, not images: give images, such as"),
         (["{run}", "{run}/checkpoints/00000002"], "is a run, not images"),
         (["{a}", "{run}", "--image-size", "8"], "is a run, not images"),
-        (["{run}", "{a}", "--keep"], "--keep has no meaning where a run is scored by"),
         (["{run}", "--extractor", "pixels", "--weights", "x"], "takes no weights"),
         (["{a}", "{b}", "--out", "{a}"], "ends in .json"),
         (["{a}", "{b}", "--save-reference", "{b}"], "would overwrite what is scored"),
@@ -423,7 +410,7 @@ def test_evaluate_refuses_what_it_would_ignore_or_destroy(run, tmp_path, capsys,
     before = {name: places[name].read_bytes() for name in "ab"}
     assert main(["evaluate", *(argument.format(**places) for argument in arguments)]) == 2
     error = capsys.readouterr().err
-    assert words in error and "object at" not in error
+    assert words.format(**places) in error and "object at" not in error
     assert before == {name: places[name].read_bytes() for name in "ab"}
 
 
@@ -441,9 +428,9 @@ def test_reports_of_folders_are_named_after_the_whole_folder(tmp_path, capsys):
 
 def test_a_run_is_scored_by_one_process(run, monkeypatch, capsys):
     two = dataclasses.replace(distributed.ALONE, size=2)
-    monkeypatch.setattr(evaluate_module, "join_world", lambda _: contextlib.nullcontext(two))
-    assert main(["evaluate", str(run)]) == 2
-    assert "one process scores, not 2" in capsys.readouterr().err
+    monkeypatch.setattr(score_module, "join_world", lambda _: contextlib.nullcontext(two))
+    assert main(["score", str(run)]) == 2
+    assert "one process scores a run, not 2" in capsys.readouterr().err
 
 
 def test_folders_of_something_else_are_left_alone(tmp_path, capsys):

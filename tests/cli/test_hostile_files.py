@@ -134,7 +134,7 @@ RESUME = "train run --train.steps 3"
 RESUMED = "run/checkpoints/00000003/ema.safetensors"
 INIT = "train config.toml --train.init run --train.steps 1 --out new"
 INITIATED = "new/checkpoints/00000001/ema.safetensors"
-SCORE = "evaluate run --num 4 --bound-terms 0 --out report.json"
+SCORE = "score run --num 4 --bound-terms 0 --out report.json"
 LATENTS = "train config.toml --data.source cache --train.steps 1 --out new"
 EVALUATE = "evaluate a.npz {} --extractor pixels --out report.json"
 PICTURES = "evaluate {} a.npz --extractor pixels --out report.json"
@@ -316,7 +316,7 @@ SUBJECTS = [
         valid="class_names|split|image_size|vae",
     ),
     Subject(
-        "encode --check cache",
+        "check cache",
         "cache/manifest.json",
         JSON,
         None,
@@ -325,9 +325,9 @@ SUBJECTS = [
         names="cache",
         valid="class_names|split|image_size|vae",
     ),
-    Subject("encode --check cache", f"cache/{SHARD}", SAFETENSORS, None, seal_shard),
+    Subject("check cache", f"cache/{SHARD}", SAFETENSORS, None, seal_shard),
     Subject(LATENTS, f"cache/{SHARD}", SAFETENSORS, INITIATED, seal_shard),
-    Subject("encode --check cache", f"cache/{SHARD}", UNSEALED),
+    Subject("check cache", f"cache/{SHARD}", UNSEALED),
     Subject(LATENTS, "cache/verified.json", JSON, INITIATED, harmless="."),
     Subject(
         "convert weights.pt converted", "weights.pt", WEIGHTS, CONVERTED, harmless="^flip|checksum"

@@ -53,7 +53,7 @@ def test_channels_to_guide_are_not_negative():
     [
         (["flops", "--size", "1000000000000", "32"], "must be 1 to 65,536"),
         (["flops", "--classes", str(HUGE)], "classes 0 to 10,000,000"),
-        (["trian", "digits"], "unknown command 'trian': did you mean train?"),
+        (["trian", "digits"], "unknown command 'trian': did you mean 'train'?"),
     ],
 )
 def test_a_bad_command_line_is_one_line(arguments, words, capsys):

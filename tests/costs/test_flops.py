@@ -302,8 +302,8 @@ def test_json_and_figure(printed):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--models DiS-X/2", "unknown model 'DiS-X/2'; did you mean DiS-S/2"),
-        ("--models dit-xl/2", "did you mean DiT-XL/2"),
+        ("--models DiS-X/2", "unknown model 'DiS-X/2'; did you mean 'DiS-S/2'"),
+        ("--models dit-xl/2", "did you mean 'DiT-XL/2'"),
         ("--size 33 32", "no patch of 2, 4, 8 divides 33x32"),
         ("--size 36 30 --models DiT-S/4", "patch_size 4 does not divide the input size 36x30"),
         ("--size 0 8", "sides and channels must be 1 to 65,536"),

@@ -419,3 +419,14 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"dis-ssm\[demo\]"):
         open_dataset("digits")
+
+
+def test_images_are_stored_mirrored_where_asked_and_need_no_noise():
+    dataset = open_dataset("digits")
+    indices, flips = torch.tensor([5, 0, 5]), torch.tensor([False, True, True])
+    data, labels = dataset.stored(indices, flips)
+    plain, wanted = dataset.batch(indices)
+    assert torch.equal(labels, wanted) and data.dtype == torch.uint8
+    assert torch.equal(data, torch.stack([plain[0], plain[1].flip(-1), plain[2].flip(-1)]))
+    x = dataset.to_model_space(data, draw=lambda: pytest.fail("images need no noise"))
+    assert not dataset.latents and torch.equal(x, data.float() / 127.5 - 1)

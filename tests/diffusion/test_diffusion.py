@@ -12,29 +12,12 @@ import torch
 
 from dis_ssm.diffusion.gaussian import PREDICTIONS, Diffusion, Reverse
 from dis_ssm.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
-
-MU, SCALE = 0.3, 0.5
+from helpers import MU, SCALE, GaussianDenoiser
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # these tensors are too small for two
-
-
-class GaussianDenoiser:
-    """The exact predictor for data N(MU, SCALE²); `interpolation` fills the variance half."""
-
-    def __init__(self, diffusion, interpolation=0.0):
-        self.diffusion, self.interpolation = diffusion, interpolation
-
-    def __call__(self, x, t, y):
-        a = self.diffusion.alpha_bar.to(x.dtype)[t].reshape(-1, *[1] * (x.ndim - 1))
-        x0 = MU + a.sqrt() * SCALE**2 / (a * SCALE**2 + 1 - a) * (x - a.sqrt() * MU)
-        epsilon = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        output = self.diffusion.target(x0, epsilon, t)
-        if self.diffusion.learn_sigma:
-            output = torch.cat([output, torch.full_like(x, self.interpolation)], 1)
-        return output
 
 
 def _batch(*shape, dtype=torch.float64, seed=1):

@@ -68,7 +68,7 @@ def test_moments_are_those_of_the_vae_for_both_flips(whole, source, vae):
             expected.append(torch.stack([torch.stack([p.mean, p.std], 1) for p in both], 1))
     expected = torch.cat(expected).half()  # (n, flips, 2, C, H, W)
     for side in (0, 1):
-        found, labels = dataset.moments(range(len(KEPT)), torch.full((len(KEPT),), side > 0))
+        found, labels = dataset.stored(range(len(KEPT)), torch.full((len(KEPT),), side > 0))
         assert torch.equal(found, expected[:, side])
         assert labels.tolist() == [int(i >= 12) for i in KEPT]
     assert not torch.equal(expected[:, 0], expected[:, 1])
@@ -121,13 +121,13 @@ def test_reading_gathers_any_indices_in_any_order(whole):
     mean, std, label = (torch.cat([t[k] for t in tensors]) for k in ("mean", "std", "label"))
     indices = torch.tensor([21, 0, 0, 5, 6, 7, 13, 3, 4, 0])
     flips = torch.tensor([True, False, True] * 3 + [True])
-    found, labels = dataset.moments(indices, flips)
+    found, labels = dataset.stored(indices, flips)
     assert torch.equal(found, torch.stack([mean, std], 2)[indices, flips.long()])
     assert torch.equal(labels, label[indices])
-    assert dataset.moments([], torch.zeros(0, dtype=torch.bool))[0].shape[0] == 0
+    assert dataset.stored([], torch.zeros(0, dtype=torch.bool))[0].shape[0] == 0
     for wrong in ([22], [-1]):
         with pytest.raises(IndexError, match="0 to 21"):
-            dataset.moments(wrong, torch.tensor([False]))
+            dataset.stored(wrong, torch.tensor([False]))
     with pytest.raises(ValueError, match="holds latents and no images"):
         dataset.batch([0])
 
@@ -161,7 +161,7 @@ def test_opening_maps_the_files_and_copies_nothing(tmp_path, whole):
     before = own_memory()
     dataset = open_cache(folder)
     for start in range(0, n, 25):
-        dataset.moments(range(start, start + 25), torch.ones(25, dtype=torch.bool))
+        dataset.stored(range(start, start + 25), torch.ones(25, dtype=torch.bool))
     assert own_memory() - before < 8_000  # kB
     copy = pickle.dumps(dataset)
     assert len(copy) < 1_000 and len(pickle.loads(copy)) == 2 * n
@@ -169,9 +169,9 @@ def test_opening_maps_the_files_and_copies_nothing(tmp_path, whole):
 
 def test_model_space_is_the_scaled_sample(whole):
     dataset = open_cache(whole)
-    moments, _ = dataset.moments([0, 3], torch.tensor([False, True]))
+    moments, _ = dataset.stored([0, 3], torch.tensor([False, True]))
     noise = torch.randn(2, 4, SIDE // 2, SIDE // 2)
-    found = dataset.to_model_space(moments, noise)
+    found = dataset.to_model_space(moments, lambda: noise)
     mean, std = moments.double().unbind(1)
     factor = dataset.manifest["vae"]["scaling_factor"]
     assert found.dtype == torch.float32
@@ -180,20 +180,20 @@ def test_model_space_is_the_scaled_sample(whole):
         {"scaling_factor": 0.5, "shift_factor": 0.1, "latents_mean": None, "latents_std": None}
     )
     expected = (mean + std * noise - 0.1) * 0.5
-    torch.testing.assert_close(dataset.to_model_space(moments, noise).double(), expected)
+    torch.testing.assert_close(dataset.to_model_space(moments, lambda: noise).double(), expected)
     dataset.shift, dataset.scale = latent_scale(
         {"scaling_factor": 0.5, "shift_factor": None}
         | {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]}
     )
     expected = (mean + std * noise)[:, 3] - 4
-    found = dataset.to_model_space(moments, noise)[:, 3].double()
+    found = dataset.to_model_space(moments, lambda: noise)[:, 3].double()
     torch.testing.assert_close(found, expected * 0.5 / 8)
 
 
 def test_decoding_undoes_the_scale(whole, vae):
     dataset = open_cache(whole)
-    moments, _ = dataset.moments(range(5), torch.zeros(5, dtype=torch.bool))
-    z = dataset.to_model_space(moments, torch.zeros(5, 4, SIDE // 2, SIDE // 2))
+    moments, _ = dataset.stored(range(5), torch.zeros(5, dtype=torch.bool))
+    z = dataset.to_model_space(moments, lambda: torch.zeros(5, 4, SIDE // 2, SIDE // 2))
     with torch.no_grad():
         direct = torch.cat([vae.decode(m).sample for m in moments[:, 0].float().split(2)])
     expected = ((direct + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -435,6 +435,11 @@ def test_sample_warns_of_another_encoder(run, tmp_path, capsys):
 
 
 def test_the_command_asks_for_what_it_needs(capsys):
-    for arguments in (["encode"], ["encode", "digits"], ["encode", "digits", "x", "--check", "y"]):
-        assert cli.main(arguments) == 2
-        assert "give SOURCE and CACHE to encode, or --check CACHE" in capsys.readouterr().err
+    for arguments, words in (
+        (["encode"], "SOURCE"),
+        (["encode", "digits"], "CACHE"),
+        (["encode", "--check", "cache"], "--check: that is a command of its own, dis-ssm check"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2 and words in capsys.readouterr().err

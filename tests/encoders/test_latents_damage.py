@@ -1,4 +1,4 @@
-"""A cache whose encoding was killed, or whose files were damaged, is mended or named."""
+"""A cache whose encoding was killed, or whose files were damaged, is repaired or named."""
 
 import json
 import multiprocessing
@@ -96,7 +96,7 @@ def test_killed_and_run_again_it_is_the_cache_that_was_never_stopped(
     there = shards(cache)
     missing = shards(whole).keys() - there.keys()
     assert missing and there.items() <= shards(whole).items()
-    with pytest.raises(CacheError, match=r"incomplete, \d of 6 shards: the same dis-ssm encode"):
+    with pytest.raises(CacheError, match=r"incomplete, \d of 6 shards: rerun the same `dis-ssm"):
         open_cache(cache)
     before = {name: (cache / name).stat().st_mtime_ns for name in there}
     capsys.readouterr()
@@ -130,15 +130,15 @@ def test_what_is_damaged_is_named_and_only_that_is_encoded_again(
         open_cache(cache)
     (cache / names[4]).unlink()
     capsys.readouterr()
-    assert cli.main(["encode", "--check", str(cache)]) == 2
+    assert cli.main(["check", str(cache)]) == 2
     message = capsys.readouterr().err
-    assert all(names[k] in message for k in (1, 2, 4)) and "encode again" in message
+    assert all(names[k] in message for k in (1, 2, 4)) and "to repair it" in message
     assert not any(names[k] in message for k in (0, 3, 5))
     before = {name: (cache / name).stat().st_mtime_ns for name in (names[0], names[3], names[5])}
     quietly(source, cache, vae_folder)
     assert before == {name: (cache / name).stat().st_mtime_ns for name in before}
     assert shards(cache) == shards(whole) and read_manifest(cache) == read_manifest(whole)
-    assert cli.main(["encode", "--check", str(cache)]) == 0
+    assert cli.main(["check", str(cache)]) == 0
 
 
 def test_a_shard_that_nobody_noted_is_kept(cache, whole, source, vae_folder, capsys):
@@ -314,8 +314,8 @@ def test_a_damaged_manifest_is_made_anew_from_the_shards(cache, whole, source, v
     before = {name: (cache / name).stat().st_mtime_ns for name in shards(cache)}
     manifest = cache / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:500])
-    assert cli.main(["encode", "--check", str(cache)]) == 2
-    assert "the same dis-ssm encode again mends it" in capsys.readouterr().err
+    assert cli.main(["check", str(cache)]) == 2
+    assert "rerun the same `dis-ssm encode` to repair it" in capsys.readouterr().err
     with pytest.raises(ValueError, match="encoded with other settings"):
         quietly(source, cache, vae_folder, precision="bf16")
     quietly(source, cache, vae_folder)
@@ -326,12 +326,12 @@ def test_a_damaged_manifest_is_made_anew_from_the_shards(cache, whole, source, v
 
 def test_an_altered_shard_is_found_at_its_first_use(cache):
     names, used = list(shards(cache)), torch.tensor([False])
-    assert len(open_cache(cache).moments([0], used)[0]) == 1
+    assert len(open_cache(cache).stored([0], used)[0]) == 1
     flip_a_byte(cache / names[0])
     dataset = open_cache(cache)
     with pytest.raises(CacheError, match=rf"{names[0]} was altered"):
-        dataset.moments([0], used)
-    assert len(dataset.moments([len(KEPT) - 1], used)[0]) == 1
+        dataset.stored([0], used)
+    assert len(dataset.stored([len(KEPT) - 1], used)[0]) == 1
 
 
 def test_a_shard_is_read_once_by_all_runs(cache, monkeypatch):
@@ -339,10 +339,10 @@ def test_a_shard_is_read_once_by_all_runs(cache, monkeypatch):
     monkeypatch.setattr(latents, "sha256", lambda path: read.append(path.name) or sha256(path))
     flips = torch.zeros(len(KEPT), dtype=torch.bool)
     for _ in range(2):
-        open_cache(cache).moments(range(len(KEPT)), flips)
+        open_cache(cache).stored(range(len(KEPT)), flips)
     assert read == list(shards(cache))
     os.utime(cache / read[0])
-    open_cache(cache).moments(range(len(KEPT)), flips)
+    open_cache(cache).stored(range(len(KEPT)), flips)
     assert read[len(shards(cache)) :] == [read[0]]
 
 

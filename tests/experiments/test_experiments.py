@@ -59,7 +59,9 @@ def drawn_again(run: Path, num: int, labels=None) -> torch.Tensor:
     model, config = load_model(run)
     shape = (model.in_channels, *model.input_size)
     settings = dataclasses.replace(config.sample, num=num)
-    return draw_images(model, build_diffusion(config), shape, range(num), labels, settings)
+    return draw_images(
+        model, build_diffusion(config.diffusion), shape, range(num), labels, settings
+    )
 
 
 def parsed(flags: str) -> Config:

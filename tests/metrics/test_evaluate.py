@@ -16,8 +16,8 @@ from dis_ssm.data.order import epoch_order
 from dis_ssm.metrics import run_scores as evaluate
 from dis_ssm.metrics.run_scores import (
     bits_per_dim,
-    evaluate_run,
     format_scores,
+    score_run,
     score_samples,
     scores_path,
 )
@@ -73,7 +73,7 @@ def oracle(monkeypatch, tmp_path):
     """A run whose model draws the mean image of the class it is asked for."""
     config = tiny_config()
     write_run(tmp_path, config)
-    model = MeanOfClass(build_diffusion(config))
+    model = MeanOfClass(build_diffusion(config.diffusion))
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: (model, config))
     return tmp_path, model, config
 
@@ -104,7 +104,7 @@ def test_scores_of_real_images_are_the_real_scores():
 
 def test_run_of_an_oracle(oracle):
     run, model, _ = oracle
-    scores = evaluate_run(run, num=45, bound_images=20, bound_terms=4, keep=True, progress=False)
+    scores = score_run(run, num=45, bound_images=20, bound_terms=4, keep=True, progress=False)
     assert scores["samples"] == "step-7-ddim-4-cfg-1.5-num-45-seed-0"
     assert scores_path(run, scores).name == f"{scores['samples']}-bound-20x4.json"
     json.dumps(scores, allow_nan=False)
@@ -129,7 +129,7 @@ def test_run_of_an_oracle(oracle):
 def test_options_override_the_runs(oracle):
     run, _, _ = oracle
     options = {"steps": 3, "sampler": "ddpm", "cfg_scale": 1.0, "seed": 5, "batch_size": 7}
-    scores = evaluate_run(run, num=20, bound_terms=0, progress=False, **options)
+    scores = score_run(run, num=20, bound_terms=0, progress=False, **options)
     del options["batch_size"]
     assert {name: scores[name] for name in options} == options
     assert "bits_per_dim" not in scores and "bits" not in format_scores(scores)
@@ -138,7 +138,7 @@ def test_options_override_the_runs(oracle):
 def test_bound_is_the_mean_of_the_whole_bound():
     """The estimate agrees with the sum over every timestep of the same images."""
     config = tiny_config()
-    diffusion = dataclasses.replace(build_diffusion(config), num_steps=40)
+    diffusion = dataclasses.replace(build_diffusion(config.diffusion), num_steps=40)
     model, heldout = MeanOfClass(diffusion), open_dataset("digits", "heldout")
     images, labels = heldout.batch(epoch_order(len(heldout), seed=0, epoch=0)[:64])
     generators = image_generators(1, range(64))
@@ -166,33 +166,33 @@ def test_real_model_uses_the_average_and_repeats(tmp_path):
     broken = {name: tensor * float("nan") for name, tensor in plain.items()}
     write_run(tmp_path, config, step=8, weights=broken)
     options = {"num": 20, "bound_images": 8, "bound_terms": 2, "progress": False}
-    first = evaluate_run(tmp_path, **options)
-    second = evaluate_run(tmp_path, **options)
+    first = score_run(tmp_path, **options)
+    second = score_run(tmp_path, **options)
     assert first["checkpoint_step"] == 8
     varying = {"seconds"}
     assert {k: v for k, v in first.items() if k not in varying} == {
         k: v for k, v in second.items() if k not in varying
     }
-    older = evaluate_run(tmp_path / "checkpoints" / "00000007", **options)
+    older = score_run(tmp_path / "checkpoints" / "00000007", **options)
     assert older["checkpoint_step"] == 7 and older["fd_pixels"] == first["fd_pixels"]
     assert scores_path(tmp_path, older) != scores_path(tmp_path, first)
-    other = evaluate_run(tmp_path, **options | {"seed": 1})
+    other = score_run(tmp_path, **options | {"seed": 1})
     assert other["fd_pixels"] != first["fd_pixels"]
 
     write_run(tmp_path, config, step=9, ema=broken)
     with pytest.raises(ValueError, match="pass 1 of the model is not finite"):
-        evaluate_run(tmp_path, **options)
+        score_run(tmp_path, **options)
 
 
 def test_unconditional_run_has_no_class_accuracy(tmp_path):
     write_run(tmp_path, tiny_config(num_classes=0))
     options = {"num": 20, "bound_images": 8, "bound_terms": 2, "progress": False}
-    scores = evaluate_run(tmp_path, keep=True, **options)
+    scores = score_run(tmp_path, keep=True, **options)
     assert scores["class_accuracy"] is None and scores["fd_pixels"] > 0
     assert "not defined" in format_scores(scores)
     assert np.load(tmp_path / "samples" / f"{scores['samples']}.npz").files == ["arr_0"]
     with pytest.raises(ValueError, match=r"cfg_scale 2\.0 needs classes"):
-        evaluate_run(tmp_path, cfg_scale=2.0, **options)
+        score_run(tmp_path, cfg_scale=2.0, **options)
 
 
 def test_bad_requests_fail_before_sampling(tmp_path, monkeypatch):
@@ -209,9 +209,9 @@ def test_bad_requests_fail_before_sampling(tmp_path, monkeypatch):
         ({"keep": True}, "is a folder"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            evaluate_run(tmp_path, **options)
+            score_run(tmp_path, **options)
     with pytest.raises(ValueError, match="neither a run"):
-        evaluate_run(tmp_path / "nowhere")
+        score_run(tmp_path / "nowhere")
 
 
 def test_table_shows_the_numbers():
@@ -252,4 +252,4 @@ def test_a_run_is_not_scored_on_data_of_another_shape(tmp_path):
     shape = {"in_channels": 3, "input_size": (8, 8)}
     write_run(tmp_path, from_dict({"model": values | shape}))
     with pytest.raises(ValueError, match="not the data that it learned from"):
-        evaluate_run(tmp_path, num=4, bound_terms=0, progress=False)
+        score_run(tmp_path, num=4, bound_terms=0, progress=False)

@@ -95,3 +95,13 @@ def test_the_profiler_is_quiet():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_the_map_names_what_there_is():
+    text = (ROOT / "docs" / "map.md").read_text()
+    package = ROOT / "dis" / "dis_ssm"
+    named = re.findall(r"`([\w./]+(?:/|\.py|\.cu))`", text)
+    assert len(named) > 30
+    assert not [name for name in named if not any((top / name).exists() for top in (package, ROOT))]
+    rooms = {p.name for p in package.iterdir() if (p / "__init__.py").exists()}
+    assert not [room for room in rooms if f"`{room}/`" not in text]

@@ -13,7 +13,7 @@ from dis_ssm.build import load_model
 from dis_ssm.config import load_config
 from dis_ssm.diffusion.gaussian import Diffusion
 from dis_ssm.sampling.samplers import sample
-from dis_ssm.training.trainer import train
+from dis_ssm.training import train
 
 SCRIPT = """
 import torch
@@ -22,7 +22,7 @@ from dis_ssm.build import load_model
 from dis_ssm.config import Config, load_config
 from dis_ssm.diffusion.gaussian import Diffusion
 from dis_ssm.sampling.samplers import sample
-from dis_ssm.training.trainer import Outcome, train
+from dis_ssm.training.loop import Outcome, train
 
 model: DiS = create_model("DiS-S/2", input_size=32, in_channels=4, num_classes=10)
 diffusion = Diffusion(schedule="linear", num_steps=1000, learn_sigma=True)

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dis_ssm.config import Config, ModelConfig, SampleConfig, ScoreConfig, TrainConfig
-from dis_ssm.training.trainer import train
+from dis_ssm.training import train
 
 BAR_WIDTH = 100
 

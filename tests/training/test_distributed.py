@@ -7,10 +7,10 @@ import contextlib
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,56 +20,18 @@ from PIL import Image
 from dis_ssm.build import load_model
 from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, TrainConfig, to_toml
 from dis_ssm.storage.checkpoint import complete_checkpoints, read_part, read_state
-from dis_ssm.training.trainer import PARTS, train
+from dis_ssm.training import train
+from dis_ssm.training.trainer import PARTS
+from ranks import TIMES, free_port
 
 pytestmark = pytest.mark.distributed
 
-TIMES = ("images_per_second", "seconds", "tflops", "mfu", "memory_gb", "data_wait", "eta_hours")
 STEPS, SAVES = 6, 3
 # Relative in the log, five times that in weights: only sums are taken in another order. Found: 2e-7
 # and 1e-7.
 TOLERANCE = 2e-6
 
-WORKER = """
-import os, pickle, signal, sys, traceback, warnings
-signal.alarm(600)  # should the tests be killed
-import torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-from dis_ssm.system.distributed import join_world
-from dis_ssm.training.trainer import train
-warnings.simplefilter("ignore")
-folder = sys.argv[1]
-with join_world("cpu") as world:
-    while True:
-        job = [sys.stdin.buffer.readline() if world.main else None]
-        dist.broadcast_object_list(job)
-        if not job[0]:
-            break
-        config, counted = pickle.loads(bytes.fromhex(job[0].decode()))
-        found = None
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        try:
-            if counted:
-                with torch.profiler.profile(activities=activities) as profile:
-                    train(config)
-                found = {event.key: event.count for event in profile.key_averages()}
-            else:
-                train(config)
-        except Exception:
-            found = traceback.format_exc()
-        found = world.gather(found)
-        if world.main:
-            with open(os.path.join(folder, "answer.draft"), "wb") as file:
-                pickle.dump(found, file)
-            os.rename(file.name, os.path.join(folder, "answer"))
-"""
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+WORKER = Path(__file__).parent.parent / "train_worker.py"
 
 
 class Ranks:
@@ -84,7 +46,7 @@ class Ranks:
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(folder)],
+                    [sys.executable, str(WORKER), str(folder)],
                     env=os.environ | {name: str(value) for name, value in world.items()},
                     stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                     stdout=self.output,

@@ -13,11 +13,13 @@ from dis_ssm.config import Config, DataConfig, ModelConfig, SampleConfig, ScoreC
 from dis_ssm.data.open import open_dataset
 from dis_ssm.metrics.frechet import frechet_of_features
 from dis_ssm.metrics.pixels import pixel_features
+from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.checkpoint import newest_intact
 from dis_ssm.system.distributed import ALONE
-from dis_ssm.training.preview import Painter, Scorer, Stopped
-from dis_ssm.training.signals import StopSignal
-from dis_ssm.training.trainer import Trainer, train
+from dis_ssm.training import train
+from dis_ssm.training.preview import PreviewSampler, Scorer
+from dis_ssm.training.signals import Stopped, StopSignal
+from dis_ssm.training.trainer import Trainer
 
 
 def config_of(out, **score):
@@ -42,9 +44,9 @@ def test_a_score_is_the_frechet_distance_of_the_averaged_model(tmp_path):
     assert {"step": 2, "num": 40, "extractor": "pixels", "steps": 2}.items() <= found.items()
     config, dataset = open_run(config_of(tmp_path))
     trainer = Trainer(config)
-    painter = Painter(config, dataset, ALONE)
+    previews = PreviewSampler(config, dataset, ALONE)
     trainer.restore(*newest_intact(tmp_path, ("model", "ema", "optimizer")))
-    images = painter.draw(trainer.ema, 40, config.sample, StopSignal())
+    images = previews.draw(trainer.ema, 40, config.sample, StopSignal())
     reference = pixel_features(dataset.batch(range(len(dataset)))[0])
     distance = frechet_of_features(pixel_features(images), reference)
     assert found["frechet_distance"] == pytest.approx(distance, rel=1e-6)
@@ -74,14 +76,14 @@ def test_a_signal_while_drawing_saves_the_step_and_owes_the_picture(tmp_path, mo
     config = config_of(tmp_path / "a", every=0)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, every=1))
     train(dataclasses.replace(config, out=tmp_path / "b"))
-    draw = Painter._draw
+    draw = Pipeline.draw
 
-    def interrupted(self, *arguments):
+    def interrupted(self, *arguments, **options):
         signal.raise_signal(signal.SIGTERM)
-        return draw(self, *arguments)
+        return draw(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Painter, "_draw", interrupted)
+        patch.setattr(Pipeline, "draw", interrupted)
         outcome = train(config)
     assert (outcome.step, outcome.stopped_by) == (1, signal.SIGTERM)
     assert (tmp_path / "a" / "checkpoints" / "00000001" / "COMPLETE").exists()
@@ -94,10 +96,11 @@ def test_a_signal_while_drawing_saves_the_step_and_owes_the_picture(tmp_path, mo
 
 def test_a_stop_ends_a_drawing_between_its_steps(tmp_path):
     config, dataset = open_run(config_of(tmp_path))
-    trainer, painter, stop = Trainer(config), Painter(config, dataset, ALONE), StopSignal()
+    trainer, previews, stop = Trainer(config), PreviewSampler(config, dataset, ALONE), StopSignal()
     stop.received = signal.SIGTERM
-    with pytest.raises(Stopped):
-        painter.preview(trainer.ema, stop)
+    with pytest.raises(Stopped) as caught:
+        previews.preview(trainer.ema, stop)
+    assert caught.value.signal == signal.SIGTERM
 
 
 def test_what_cannot_be_scored_is_refused_before_training(tmp_path):
@@ -115,14 +118,14 @@ def test_shares_of_a_preview_make_the_whole(tmp_path):
     with torch.no_grad():
         for average in trainer.ema.tensors.values():
             average += 0.1 * torch.randn_like(average)
-    whole, columns = Painter(config, dataset, ALONE).preview(trainer.ema, StopSignal())
+    whole, columns = PreviewSampler(config, dataset, ALONE).preview(trainer.ema, StopSignal())
 
     class Rank(type(ALONE)):
         def gather(self, value):
             return [value]
 
     parts = [
-        Painter(config, dataset, Rank(ALONE.device, rank, 3)).draw(
+        PreviewSampler(config, dataset, Rank(ALONE.device, rank, 3)).draw(
             trainer.ema, 20, config.sample, StopSignal()
         )
         for rank in range(3)
@@ -133,7 +136,7 @@ def test_shares_of_a_preview_make_the_whole(tmp_path):
 
 def test_scorer_needs_pictures(tmp_path):
     config, dataset = open_run(config_of(tmp_path))
-    painter = Painter(config, dataset, ALONE)
-    painter.visible = False
+    previews = PreviewSampler(config, dataset, ALONE)
+    previews.visible = False
     with pytest.raises(ValueError, match=r"data\.vae"):
-        Scorer(config, dataset, painter)
+        Scorer(config.score, config.sample, config.data, dataset, previews)

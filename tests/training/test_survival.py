@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import faults
 from dis_ssm.build import load_model
 from dis_ssm.storage.checkpoint import complete_checkpoints
 from ranks import (
@@ -99,23 +101,6 @@ def test_kills_at_random_moments(uninterrupted, tmp_path, parallel):
     assert_same(run, expected)
 
 
-PAUSE_AT = """
-if rank == {victim}:
-    calls = 0
-
-    def counted(function):
-        def call(*arguments, **options):
-            global calls
-            calls += 1
-            if calls == {call}:
-                pause()
-            return function(*arguments, **options)
-        return call
-
-    os.fsync, os.rename = counted(os.fsync), counted(os.rename)
-"""
-
-
 @pytest.mark.parametrize(
     "size, parallel, victim, points", [(1, "ddp", 0, 9), (2, "fsdp", 0, 9), (2, "fsdp", 1, 2)]
 )
@@ -125,8 +110,8 @@ def test_kills_at_every_point_of_a_save(uninterrupted, halfway, size, parallel, 
     run, point, killed = halfway(size, parallel), 0, 0
     while True:
         point += 1
-        faults = PAUSE_AT.format(victim=victim, call=point)
-        ranks = Ranks(run, size, parallel, faults=faults)
+        pause = partial(faults.pause_at_call, names=("fsync", "rename"), call=point, victim=victim)
+        ranks = Ranks(run, size, parallel, fault=pause)
         over = ranks.processes[victim]
         ranks.wait_for(lambda o=over, r=ranks: r.marker.exists() or not o.is_alive())
         if not ranks.marker.exists():
@@ -146,18 +131,10 @@ def test_a_kill_between_the_renames_that_replace_a_damaged_checkpoint(uninterrup
     run, expected = tmp_path / "run", uninterrupted(1)
     shutil.copytree(expected, run)
     path = run / "checkpoints" / f"{STEPS:08d}" / "model.safetensors"
-    for rename in ("1", "2"):
+    for rename in (1, 2):
         os.truncate(path, 100) if path.exists() else None
-        faults = f"""
-real, seen = os.rename, []
-def rename(*arguments):
-    seen.append(1)
-    if len(seen) == {rename}:
-        pause()
-    real(*arguments)
-os.rename = rename
-"""
-        ranks = Ranks(run, 1, faults=faults)
+        pause = partial(faults.pause_at_call, names=("rename",), call=rename)
+        ranks = Ranks(run, 1, fault=pause)
         ranks.wait_for(ranks.marker.exists)
         ranks.send(signal.SIGKILL)
         assert ranks.ended() == [-signal.SIGKILL]
@@ -168,12 +145,6 @@ os.rename = rename
 
 # ---- disks ---------------------------------------------------------------------------------
 
-FULL = """
-import resource
-if rank in {ranks}:
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
-"""
-
 
 @pytest.mark.parametrize(
     "size, parallel, full",
@@ -182,7 +153,7 @@ if rank in {ranks}:
 def test_full_disk(uninterrupted, halfway, size, parallel, full):
     """Files cannot grow beyond 12 kB on some ranks: the log fits, the weights do not."""
     run = halfway(size, parallel)
-    ranks = Ranks(run, size, parallel, faults=FULL.format(ranks=full, limit=12_000))
+    ranks = Ranks(run, size, parallel, fault=partial(faults.full_disk, ranks=full, limit=12_000))
     codes = ranks.ended(within=GRACE)
     assert all(code > 0 for code in codes), (codes, ranks.said)
     assert "cannot write" in ranks.said or "too large" in ranks.said, ranks.said
@@ -195,7 +166,7 @@ def test_full_disk(uninterrupted, halfway, size, parallel, full):
 def test_full_disk_under_the_log(uninterrupted, halfway):
     """Not even the log can be written, which only one rank does: nobody waits for it."""
     run = halfway(2)
-    ranks = Ranks(run, 2, faults=FULL.format(ranks=[0], limit=1_500))
+    ranks = Ranks(run, 2, fault=partial(faults.full_disk, ranks=[0], limit=1_500))
     codes = ranks.ended(within=GRACE)
     assert all(code > 0 for code in codes), (codes, ranks.said)
     assert "File too large" in ranks.said
@@ -251,33 +222,15 @@ def test_no_intact_checkpoint_is_an_error_on_all_ranks(uninterrupted, tmp_path):
 
 # ---- NaN -----------------------------------------------------------------------------------
 
-POISON = """
-drawn = train.batches
-def batches(config, dataset, first, world):
-    for step, batch in enumerate(drawn(config, dataset, first, world), first):
-        if rank == {victim} and step in {steps}:
-            batch.x[0] = float("nan")
-        yield batch
-train.batches = batches
-
-updated = train.Trainer.update
-def update(self, *arguments):
-    found = updated(self, *arguments)
-    total = sum(p.detach().double().sum() for p in self.model.parameters())
-    os.write(1, b"\\nweights %d %r\\n" % (self.step, float(train.whole(total))))
-    return found
-train.Trainer.update = update
-"""
-
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, parallel):
     """Whichever rank it comes from, the same steps are skipped and the same weights result."""
     runs = [tmp_path / f"poisoned{victim}" for victim in range(2)]
     for victim, run in enumerate(runs):
-        ranks = Ranks(run, 2, parallel, faults=POISON.format(victim=victim, steps=[3, 4, 7]))
+        poison = partial(faults.poison, victim=victim, steps=[3, 4, 7])
+        ranks = Ranks(run, 2, parallel, fault=poison)
         assert ranks.ended() == [0, 0], ranks.said
-        # one write each, or the ranks tear each other's lines
         said = sorted(re.findall(r"weights \d+ \S+", ranks.said))
         assert len(said) == 2 * STEPS and said[::2] == said[1::2]  # the ranks agree
         log = lines(run)
@@ -291,8 +244,8 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path, parallel):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_too_many_nans_stop_all_with_the_state_saved(uninterrupted, tmp_path, parallel):
     run, flags = tmp_path / "run", ("--train.max-nonfinite", "3")
-    poison = POISON.format(victim=1, steps=range(6, 99))
-    ranks = Ranks(run, 2, parallel, *flags, faults=poison)
+    poison = partial(faults.poison, victim=1, steps=range(6, 99))
+    ranks = Ranks(run, 2, parallel, *flags, fault=poison)
     assert ranks.ended() == [2, 2], ranks.said
     assert "3 steps in a row" in ranks.said and steps(run) == [SAVES, 9]
     _, counters = state_of(complete_checkpoints(run)[-1])
@@ -305,20 +258,10 @@ def test_too_many_nans_stop_all_with_the_state_saved(uninterrupted, tmp_path, pa
 # ---- a rank that hangs ----------------------------------------------------------------------
 
 
-HANGING = """
-if rank == 1:
-    read = batches.read_batch
-    def hang(config, dataset, step, world):
-        if step == 6:
-            pause()
-        return read(config, dataset, step, world)
-    batches.read_batch = hang
-"""
-
-
 def test_a_rank_that_hangs_is_named_and_ends_the_others(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    ranks = Ranks(run, 2, "ddp", "--train.timeout-minutes", "0.05", faults=HANGING)
+    hang = partial(faults.hang, victim=1, step=6)
+    ranks = Ranks(run, 2, "ddp", "--train.timeout-minutes", "0.05", fault=hang)
     ranks.processes[0].join(60)
     ranks.send(signal.SIGKILL)
     assert ranks.processes[0].exitcode == 1, ranks.said
@@ -331,21 +274,11 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(uninterrupted, tmp_path)
 # ---- SIGTERM -------------------------------------------------------------------------------
 
 
-SLOW_STEPS = """
-import time
-updated = train.Trainer.update
-def update(self, *arguments):
-    time.sleep(0.1)
-    return updated(self, *arguments)
-train.Trainer.update = update
-"""
-
-
 @pytest.mark.parametrize("size, told", [(1, [0]), (2, [0]), (2, [1]), (2, [0, 1])])
 def test_sigterm_leaves_a_complete_checkpoint(uninterrupted, tmp_path, size, told):
     """Whoever hears it, all stop at the same step, save it and exit with 0."""
     run = tmp_path / "run"
-    ranks = Ranks(run, size, faults=SLOW_STEPS)
+    ranks = Ranks(run, size, fault=faults.slow_steps)
     ranks.wait_for(lambda: len(lines(run)) >= 2)
     ranks.send(signal.SIGTERM, told)
     assert ranks.ended(within=GRACE) == [0] * size, ranks.said
@@ -359,7 +292,7 @@ def test_sigterm_leaves_a_complete_checkpoint(uninterrupted, tmp_path, size, tol
 def test_sigterm_twice_still_leaves_a_complete_checkpoint(uninterrupted, tmp_path, size):
     """A scheduler signals every process of a job, and torchrun passes on what it got itself."""
     run = tmp_path / "run"
-    ranks = Ranks(run, size, faults=SLOW_STEPS)
+    ranks = Ranks(run, size, fault=faults.slow_steps)
     ranks.wait_for(lambda: len(lines(run)) >= 2)
     ranks.send(signal.SIGTERM)
     time.sleep(0.05)
@@ -370,16 +303,6 @@ def test_sigterm_twice_still_leaves_a_complete_checkpoint(uninterrupted, tmp_pat
     assert_same(run, uninterrupted(size))
 
 
-SLOW_DRAWING = """
-drawn = pipeline.Pipeline.draw
-def slowly(*arguments, callback, **options):
-    def call(*news):
-        time.sleep(0.05)
-        return callback(*news)
-    open(marker, "w").close()
-    return drawn(*arguments, callback=call, **options)
-pipeline.Pipeline.draw = slowly
-"""
 DRAWING = ("--sample.steps", "500", "--train.save-every", "10")  # 25 s each when drawn slowly
 PREVIEW = (*DRAWING, "--sample.every", "5", "--sample.num", "2")
 SCORE = (*DRAWING, "--sample.every", "0", "--score.every", "5", "--score.num", "4")
@@ -397,7 +320,7 @@ SCORE = (*DRAWING, "--sample.every", "0", "--score.every", "5", "--score.num", "
 def test_sigterm_while_drawing(uninterrupted, tmp_path, told, flags):
     """It ends promptly, the step saved; what was being drawn is drawn when the run goes on."""
     run = tmp_path / "run"
-    ranks = Ranks(run, 2, "ddp", *flags, faults=SLOW_DRAWING)
+    ranks = Ranks(run, 2, "ddp", *flags, fault=faults.slow_drawing)
     ranks.wait_for(ranks.marker.exists)
     time.sleep(0.2)
     ranks.send(signal.SIGTERM, told)

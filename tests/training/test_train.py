@@ -5,11 +5,9 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
-import time
 import types
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import faults
 from dis_ssm.build import build_diffusion, load_model, open_run
 from dis_ssm.config import SampleConfig, to_toml
 from dis_ssm.costs.operations import training_flops
@@ -27,15 +26,14 @@ from dis_ssm.storage.checkpoint import complete_checkpoints, newest_intact, read
 from dis_ssm.storage.run import exclusive
 from dis_ssm.system.machine import pick_device
 from dis_ssm.system.seeds import derive_seed
-from dis_ssm.training import trainer as training
-from dis_ssm.training.batches import batches, finish_batch, read_batch
+from dis_ssm.training import train
+from dis_ssm.training.batches import BatchLoader
 from dis_ssm.training.log import truncate_log
 from dis_ssm.training.optimizer import learning_rate
-from dis_ssm.training.preview import Painter
-from dis_ssm.training.trainer import PARTS, Trainer, train
+from dis_ssm.training.preview import PreviewSampler
+from dis_ssm.training.trainer import PARTS, Trainer
 from helpers import tiny, trainer_of
-
-TIMES = ("images_per_second", "seconds", "tflops", "memory_gb", "data_wait", "eta_hours")
+from ranks import TIMES, Ranks, lines_so_far
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +63,9 @@ def untimed(lines):
 
 
 def draw_batch(config, dataset, step):
-    return finish_batch(config, dataset, read_batch(config, dataset, step))
+    process, flip = build_diffusion(config.diffusion), config.data.flip
+    loader = BatchLoader(dataset, process, config.model, config.train, flip=flip)
+    return loader.finish(loader.read(step))
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -163,11 +163,11 @@ def test_an_update_has_the_scheduled_rate_and_enters_the_average():
 
 def test_gradients_are_clipped_and_the_norm_before_is_logged():
     trainer = trainer_of(tiny(grad_clip=1e-3))
-    metrics = trainer.update(draw_batch(trainer.config, digits(), 0))
+    metrics = trainer.update(draw_batch(trainer.config, digits(), 0)).metrics
     norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
     assert metrics["grad_norm"] > 0.01 and norm == pytest.approx(1e-3, rel=1e-3)
     free = trainer_of(tiny(grad_clip=0.0))
-    metrics = free.update(draw_batch(free.config, digits(), 0))
+    metrics = free.update(draw_batch(free.config, digits(), 0)).metrics
     norm = torch.stack([p.grad.norm() for p in free.model.parameters()]).norm()
     assert norm == pytest.approx(metrics["grad_norm"], rel=1e-5)
 
@@ -179,7 +179,7 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32():
     module = next(m for m in half.model.modules() if isinstance(m, nn.Linear))
     module.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
     batch = draw_batch(full.config, digits(), 0)
-    exact, rounded = full.update(batch)["loss"], half.update(batch)["loss"]
+    exact, rounded = (trainer.update(batch).metrics["loss"] for trainer in (full, half))
     assert kinds == {torch.bfloat16} and exact != rounded
     assert rounded == pytest.approx(exact, rel=0.02)
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
@@ -197,13 +197,15 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def poison(monkeypatch, steps):
-    def poisoned(config, dataset, first, world):
-        for step, batch in enumerate(batches(config, dataset, first, world), first):
-            if step in steps:
-                batch.x[0, 0, 0, 0] = math.nan
-            yield batch
+    finish = BatchLoader.finish
 
-    monkeypatch.setattr(training, "batches", poisoned)
+    def poisoned(self, host_batch):
+        batch = finish(self, host_batch)
+        if host_batch.step in steps:
+            batch.x[0, 0, 0, 0] = math.nan
+        return batch
+
+    monkeypatch.setattr(BatchLoader, "finish", poisoned)
 
 
 def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
@@ -211,7 +213,7 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, 
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     bad = draw_batch(trainer.config, digits(), 0)
     bad.noise[2, 0, 1, 1] = math.inf
-    assert not math.isfinite(trainer.update(bad)["loss"])
+    assert not math.isfinite(trainer.update(bad).metrics["loss"])
     assert all(torch.equal(before[n], v) for n, v in trainer.model.state_dict().items())
     assert not any(s["step"] for s in trainer.optimizer.state.values())
     assert trainer.ema.updates == 0
@@ -235,19 +237,6 @@ def test_nonfinite_steps_in_a_row_stop_the_run_with_its_state_saved(tmp_path, mo
 
 # ---- whole runs ----------------------------------------------------------------------------
 
-SLOWLY = """
-import sys, time, torch
-from dis_ssm.training import trainer as training
-from dis_ssm.config import load_config
-torch.set_num_threads(1)
-update = training.Trainer.update
-def slow(self, batch, stop=None):
-    time.sleep(0.4)
-    return update(self, batch, stop)
-training.Trainer.update = slow
-training.train(load_config(sys.argv[1]))
-"""
-
 
 def assert_same_run(a, b):
     (_, state_a, parts_a), (_, state_b, parts_b) = intact(a), intact(b)
@@ -262,19 +251,14 @@ def assert_same_run(a, b):
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = dict(save_every=3, ema_warmup=3)
-    file = tmp_path / "config.toml"
-    file.write_text(to_toml(tiny(killed, **settings)))
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, file], stderr=subprocess.DEVNULL)
+    config, slow = to_toml(tiny(killed, **settings)), partial(faults.slow_steps, seconds=0.4)
+    ranks = Ranks(killed, 1, config=config, fault=slow)
     try:
         train(tiny(whole, **settings))
-        deadline = time.monotonic() + 60
-        while not (killed / "log.jsonl").exists() or len(read_log_lines(killed)) < 4:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        ranks.wait_for(lambda: len(lines_so_far(killed)) >= 4)
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        ranks.send(signal.SIGKILL)
+    assert ranks.ended() == [-signal.SIGKILL]
     assert [f.name for f in complete_checkpoints(killed)] == ["00000003"]
     assert untimed(read_log(killed)[:4]) == untimed(read_log(whole)[:4])
     with (killed / "log.jsonl").open("a") as file:
@@ -285,20 +269,16 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     assert_same_run(whole, killed)
 
 
-def read_log_lines(run):
-    return (run / "log.jsonl").read_text().splitlines()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_can_be_continued(tmp_path, monkeypatch, number):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(tiny(whole, log_every=3))
     update = Trainer.update
 
-    def interrupted(self, batch, stop=None):
+    def interrupted(self, batch, received=None):
         if self.step == 0:
             signal.raise_signal(number)
-        return update(self, batch, stop)
+        return update(self, batch, received)
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -374,7 +354,14 @@ def test_a_preview_is_what_the_averaged_weights_draw(tmp_path):
     for weights in ("ema", "model"):
         model, config = load_model(tmp_path, weights=weights)
         labels = torch.arange(20) % 10
-        arguments = (model, build_diffusion(config), (1, 8, 8), range(20), labels, config.sample)
+        arguments = (
+            model,
+            build_diffusion(config.diffusion),
+            (1, 8, 8),
+            range(20),
+            labels,
+            config.sample,
+        )
         images = draw_images(*arguments)
         grids[weights] = np.array(make_grid(images, columns=10))
     assert (preview == grids["ema"]).all() and (preview != grids["model"]).any()
@@ -391,7 +378,7 @@ def test_a_preview_that_a_killed_process_owed_is_drawn_by_the_next(tmp_path, mon
     config = dataclasses.replace(config, sample=SampleConfig(every=1, num=4, steps=2))
     train(dataclasses.replace(config, out=tmp_path / "b"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Painter, "preview", killed)
+        patch.setattr(PreviewSampler, "preview", killed)
         train(config)
     assert complete_checkpoints(tmp_path / "a") and not (tmp_path / "a" / "samples").exists()
     train(config)
@@ -501,14 +488,14 @@ def test_losses_by_quarter_of_the_timesteps_make_the_whole():
 
 def test_stochastic_depth_is_drawn_with_the_batch():
     config = open_run(tiny(batch_size=512))[0]
-    keep = draw_batch(config, digits(), 0).keep
-    assert keep.shape == (3, 512) and keep.dtype == torch.bool
-    assert keep[0].all()
+    mask = draw_batch(config, digits(), 0).block_mask
+    assert mask.shape == (3, 512) and mask.dtype == torch.bool
+    assert mask[0].all()
     for i, rate in ((1, 0.15), (2, 0.3)):
-        assert (~keep[i]).float().mean().item() == pytest.approx(rate, abs=0.06)
+        assert (~mask[i]).float().mean().item() == pytest.approx(rate, abs=0.06)
     trainer = trainer_of(tiny(batch_size=4, micro_batch_size=None))
     awaken(trainer.model)
     batch = draw_batch(trainer.config, digits(), 0)
-    whole = trainer.predict(batch.x, batch.t, batch.y, batch.keep)
-    parts = [trainer.predict(p.x, p.t, p.y, p.keep) for p in batch.slices(1)]
+    whole = trainer.predict(batch.x, batch.t, batch.y, batch.block_mask)
+    parts = [trainer.predict(p.x, p.t, p.y, p.block_mask) for p in batch.slices(1)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""dis-ssm train | sample | evaluate | encode | info | convert | flops"""
+"""dis-ssm train | sample | score | evaluate | encode | check | info | convert | flops"""
 
 from dis_ssm.cli.entry import main
 

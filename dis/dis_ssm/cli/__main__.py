@@ -1,3 +1,5 @@
+"""python -m dis_ssm.cli"""
+
 import sys
 
 from dis_ssm.cli import main

@@ -1,13 +1,14 @@
 """dis-ssm convert"""
 
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
 def convert(
-    source: Positional[Path],
-    run: Positional[Path],
+    source: Positional[Annotated[Path, arg(metavar="FILE")]],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
     *,
     input_size: tuple[int, int] | None = None,
 ) -> int:

@@ -1,19 +1,17 @@
 """dis-ssm encode"""
 
-import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from dis_ssm.cli.messages import fail
 from dis_ssm.encoders.vae import DEFAULT_VAE
 from dis_ssm.system.distributed import join_world
 
 
 def encode(
-    source: Positional[str | None] = None,
-    cache: Positional[Path | None] = None,
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]],
+    cache: Positional[Annotated[Path, arg(metavar="CACHE")]],
     *,
     vae: str = DEFAULT_VAE,
     image_size: int | None = None,
@@ -26,11 +24,11 @@ def encode(
     background: Literal["white", "black", "drop"] = "white",
     relabel: bool = False,
     device: str | None = None,
-    check: Path | None = None,
 ) -> int:
     """Encode images with a VAE, once, into a cache that training reads; under torchrun, by all.
 
-    The same command again goes on where it was stopped and mends shards that are damaged.
+    The same command again goes on where it was stopped and mends the shards that `dis-ssm check`
+    names.
 
     Args:
         source: images: see docs/data.md.
@@ -44,21 +42,9 @@ def encode(
         workers: threads that decode images.
         background: what images with alpha are composed on; drop ignores it, as ADM does.
         relabel: number the labels that occur 0, 1, ..., however large they are.
-        check: instead, read this cache and name the shards that are damaged.
     """
-    from dis_ssm.data.latents import AGAIN, check_cache
     from dis_ssm.encoders.encoding import encode as run_encoding
 
-    if (source is None or cache is None) if check is None else (source or cache):
-        raise ValueError("give SOURCE and CACHE to encode, or --check CACHE alone")
-    if check is not None:
-        wrong = check_cache(check)
-        for problem in wrong.values():
-            print(problem, file=sys.stderr)
-        if wrong:
-            return fail(f"{len(wrong)} of the files of {check} are not sound: {AGAIN}")
-        print(f"{check}: all shards are intact")
-        return 0
     with join_world(device) as world:
         manifest = run_encoding(
             source,

@@ -9,19 +9,21 @@ from collections.abc import Callable
 import torch
 import tyro
 
+from dis_ssm.cli.check import check
 from dis_ssm.cli.convert import convert
 from dis_ssm.cli.encode import encode
 from dis_ssm.cli.evaluate import evaluate
 from dis_ssm.cli.flops import flops
 from dis_ssm.cli.info import info
 from dis_ssm.cli.messages import fail, print_warning
-from dis_ssm.cli.near import near_flags
+from dis_ssm.cli.near import explain_flags
 from dis_ssm.cli.sample import sample
+from dis_ssm.cli.score import score
 from dis_ssm.cli.train import INTERRUPTED, base_of, train_command
 from dis_ssm.config import Config
 from dis_ssm.ops import BackendError
 from dis_ssm.system.distributed import RankError
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.version import __version__
 
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, BackendError, RankError)
@@ -56,8 +58,10 @@ def _run(arguments: list[str]) -> int:
     commands: dict[str, Callable[..., int]] = {
         "train": train_command(Config()),
         "sample": sample,
+        "score": score,
         "evaluate": evaluate,
         "encode": encode,
+        "check": check,
         "info": info,
         "convert": convert,
         "flops": flops,
@@ -67,8 +71,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name and not name.startswith("-") and name not in commands:
-        meant = ", ".join(nearest(name, commands)[:1] or commands)
-        return fail(f"unknown command {name!r}: did you mean {meant}?")
+        return fail(f"unknown command {name!r}: {did_you_mean(name, commands)}")
     try:
         if name != "train":
             return tyro.extras.subcommand_cli_from_dict(commands, prog="dis-ssm", args=arguments)
@@ -78,8 +81,8 @@ def _run(arguments: list[str]) -> int:
         return tyro.cli(train_command(base), prog="dis-ssm train [CONFIG]", args=rest)
     except SystemExit as stop:
         if stop.code == USAGE and name in commands:
-            for flag, meant in near_flags(rest, commands[name]).items():
-                print(f"dis-ssm: {flag}: did you mean {' or '.join(meant)}?", file=sys.stderr)
+            for line in explain_flags(rest, name, commands):
+                print(f"dis-ssm: {line}", file=sys.stderr)
         raise
 
 

@@ -1,10 +1,15 @@
-"""What a mistyped flag was meant to be."""
+"""What a flag that a command does not have was meant to be."""
 
-import inspect
+import contextlib
+import io
+import re
 from collections.abc import Callable
 
-from dis_ssm.config import Config, flat, to_dict
-from dis_ssm.system.nearest import nearest
+import tyro
+
+from dis_ssm.system.nearest import did_you_mean, nearest
+
+Command = Callable[..., int]
 
 SYNONYMS = {  # what other programs call it: what it is called here
     "learning-rate": "lr",
@@ -25,35 +30,55 @@ SYNONYMS = {  # what other programs call it: what it is called here
 }
 
 
-def near_flags(arguments: list[str], command: Callable[..., int]) -> dict[str, list[str]]:
-    """{flag that `command` does not have: flags that it may have been meant to be}."""
-    known, found = _flags(command), {}
+def explain_flags(arguments: list[str], name: str, commands: dict[str, Command]) -> list[str]:
+    """One line for each flag in `arguments` that the command `name` does not have.
+
+    It names the flags that were meant, or the command whose flag it is or that has its name.
+    """
+    known, lines = flags_of(commands[name]), []
     for argument in arguments:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known and (near := _near(flag[2:], known)):
-            found[argument.partition("=")[0]] = near
-    return found
+        given = argument.partition("=")[0]
+        flag = given.replace("_", "-")
+        if not flag.startswith("--") or flag == "--" or flag in known:
+            continue
+        if flag[2:] in commands:
+            lines.append(f"{given}: that is a command of its own, dis-ssm {flag[2:]}")
+        elif near := _near(flag[2:], known):
+            lines.append(f"{given}: {did_you_mean(given, known, near=near)}")
+        elif owners := [n for n, c in commands.items() if n != name and flag in flags_of(c)]:
+            lines.append(f"{given}: that is a flag of dis-ssm {' and '.join(owners)}")
+        elif near := _alike(flag[2:], known):
+            lines.append(f"{given}: {did_you_mean(given, known, near=near)}")
+    return lines
+
+
+def flags_of(command: Command) -> list[str]:
+    """All flags that the help of a command lists, as they are typed."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(command, args=["--help"])
+    columns = re.findall(r"^\W*?((?:-\w, )?--\w.*?)(?:  |$)", text.getvalue(), re.MULTILINE)
+    return [flag for column in columns for flag in re.findall(r"--[\w.-]+", column)]
 
 
 def _near(name: str, known: list[str]) -> list[str]:
+    """Flags of `known` that go by the last part of `name` or by a synonym of it."""
     section, _, leaf = name.rpartition(".")
     leaf = SYNONYMS.get(leaf, leaf)
-    same = [flag for flag in known if flag[2:].rpartition(".")[2] == leaf]
+    same = [flag for flag in known if _leaf(flag) == leaf]
     exact = f"--{section}.{leaf}" if section else f"--{leaf}"
-    return [exact] if exact in same else same or nearest(f"--{name}", known)[:1]
+    return [exact] if exact in same else same
 
 
-def _flags(command: Callable[..., int]) -> list[str]:
-    """All flags of a command, as they are typed."""
-    flags = ["--help"]
-    for name, parameter in inspect.signature(command).parameters.items():
-        if isinstance(parameter.default, Config):  # its fields are flags
-            named = flat(to_dict(parameter.default))
-        else:
-            named = {name: parameter.default}
-        for key, default in named.items():
-            section, _, leaf = f"--{key.replace('_', '-')}".rpartition(".")
-            prefix = f"{section}." if section else "--"
-            leaf = leaf.removeprefix("--")
-            flags += [prefix + leaf] + [f"{prefix}no-{leaf}"] * isinstance(default, bool)
-    return flags
+def _alike(name: str, known: list[str]) -> list[str]:
+    """Flags of `known` whose last part, or a synonym of it, is spelt much as that of `name`."""
+    section, _, leaf = name.rpartition(".")
+    words = [*map(_leaf, known), *SYNONYMS]
+    found = (
+        _near(f"{section}.{word}" if section else word, known) for word in nearest(leaf, words)
+    )
+    return next(filter(None, found), [])
+
+
+def _leaf(flag: str) -> str:
+    return flag.removeprefix("--").rpartition(".")[2]

@@ -2,9 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from dis_ssm.cli.messages import print_warning
 from dis_ssm.config import MOST_IMAGES, sample_settings
@@ -18,7 +18,7 @@ LONGEST_NAME = 200  # of a file; systems allow 255 bytes, drafts included
 
 
 def sample(
-    run: Positional[Path],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
     *,
     num: int | None = None,
     per_class: int | None = None,

@@ -41,9 +41,9 @@ def train_command(base: Config) -> Callable[..., int]:
                 schedule then ends there.
             dry_run: print the resolved config and its sizes, write nothing.
         """
+        from dis_ssm.training import train as run_training
         from dis_ssm.training.describe import describe
-        from dis_ssm.training.trainer import extended
-        from dis_ssm.training.trainer import train as run_training
+        from dis_ssm.training.resume import extended
 
         if dry_run:
             print(describe(config if extend is None else extended(config, extend)))

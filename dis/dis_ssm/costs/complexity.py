@@ -15,6 +15,7 @@ from dis_ssm.models.dit import dit
 from dis_ssm.models.peers import DIT, PATCHES, PEERS, build
 from dis_ssm.models.presets import DiS_models
 from dis_ssm.system.limits import LARGEST_SIDE, MOST_CLASSES
+from dis_ssm.system.tables import format_table
 
 Quadratic = tuple[int, int, int]  # a, b, c of a + b J + c J²
 
@@ -214,14 +215,14 @@ def format_report(found: dict) -> str:
         [
             f"The paper's Table 1, {setting1}, no classes, learned sigma",
             "",
-            *_table1(found["table1"]),
+            _table1(found["table1"]),
             "",
             "The paper's Gflops are twice the multiply-adds of the modules that are called, and",
             "miss every mixer; the last column has them, in the same unit.",
             "",
             f"G multiply-adds of one forward pass, {shape}, {classes}",
             "",
-            *_models(found["models"]),
+            _models(found["models"]),
             "",
             "blocks, skips, rest: linear layers and the patch convolution; scores: QKᵀ and its",
             "product with V; convolutions: depthwise, both directions; scan: both directions, 7/2",
@@ -230,7 +231,7 @@ def format_report(found: dict) -> str:
             f"One layer, patch {layers['patch']}, G multiply-adds: the paper's equations (5), (6) "
             f"and what is counted",
             "",
-            *_layers(layers["rows"]),
+            _layers(layers["rows"]),
             "",
             "(5) leaves out the MLP, 8JD², and the modulation. (6) leaves out all linear layers of",
             "the mixer, about 6.5JD², the convolutions and the second direction; its JN² is for a",
@@ -241,7 +242,7 @@ def format_report(found: dict) -> str:
     )
 
 
-def _table1(rows: dict) -> list[str]:
+def _table1(rows: dict) -> str:
     header = ("model", "L", "D published", "computed", "M parameters published", "computed")
     header += ("Gflops published", "computed", "with the mixers")
     cells = []
@@ -257,19 +258,19 @@ def _table1(rows: dict) -> list[str]:
                 *(f"{gflops[key]:.2f}" for key in ("published", "computed", "all")),
             )
         )
-    return _table(header, *cells)
+    return format_table([header, *cells], right=True)
 
 
-def _models(rows: dict) -> list[str]:
+def _models(rows: dict) -> str:
     cells = []
     for name, row in rows.items():
         parts = (_giga(row["parts"][part]) if row["parts"][part] else "-" for part in PARTS)
         parameters = f"{row['parameters'] / 1e6:.2f}"
         cells.append((name, parameters, _giga(row["multiply_adds"]), *parts))
-    return _table(("model", "M parameters", "all", *PARTS), *cells)
+    return format_table([("model", "M parameters", "all", *PARTS), *cells], right=True)
 
 
-def _layers(rows: dict) -> list[str]:
+def _layers(rows: dict) -> str:
     header = ("DiT layer", "J", "4JD²+2J²D", "linear", "scores")
     header += ("DiS layer", "J", "6JDN+2JDN²", "linear", "convolutions", "scan", "skip linear")
     cells = []
@@ -286,7 +287,7 @@ def _layers(rows: dict) -> list[str]:
                 *(_giga(ssm[key]) for key in keys),
             )
         )
-    return _table(header, *cells)
+    return format_table([header, *cells], right=True)
 
 
 def _crossovers(found: dict) -> list[str]:
@@ -306,18 +307,6 @@ def _crossovers(found: dict) -> list[str]:
 
 def _giga(n: int) -> str:
     return f"{n / 1e9:,.3f}"
-
-
-def _table(*rows: tuple) -> list[str]:
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in texts
-    ]
 
 
 def draw(found: dict, path: Path) -> None:

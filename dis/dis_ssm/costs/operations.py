@@ -106,11 +106,11 @@ def training_memory(config: Config) -> tuple[int, int]:
     return state + 2 * one - two, two - one
 
 
-def peak_flops(config: Config, world: World) -> float | None:
-    """Peak FLOP/s of all devices together at the precision of the config; None if not known."""
+def peak_flops(precision: str, world: World) -> float | None:
+    """Peak FLOP/s of all devices together at `precision`, a key of `PEAKS`; None if not known."""
     if world.device.type != "cuda":
         return None
-    name, precision = torch.cuda.get_device_name(world.device), config.train.precision
+    name = torch.cuda.get_device_name(world.device)
     found = next((peak[precision] for key, peak in PEAKS.items() if key in name), None)
     return found and found * world.size
 

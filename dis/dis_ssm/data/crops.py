@@ -2,8 +2,10 @@
 
 from PIL import Image
 
-from dis_ssm.data.sources import IMAGE_SUFFIXES, NO_LABEL, SOURCES, SPLITS, Files  # noqa: F401
 from dis_ssm.data.sources.decode import UnreadableImage, check_pixels
+
+CELEBA_SIZE = (178, 218)
+CELEBA_BOX = (89 - 64, 121 - 64, 89 + 64, 121 + 64)  # left, top, right, bottom
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -11,7 +13,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Halved with a box filter while the shorter side is at least 2 * size, then bicubic: the
     preprocessing of ADM (Dhariwal & Nichol 2021), which published ImageNet FIDs assume.
-    ValueError where the scaled image, before it is cut, would have more than `MAX_PIXELS`.
+
+    Raises:
+        UnreadableImage: the scaled image, before it is cut, would have more than `MAX_PIXELS`.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -27,7 +31,9 @@ def celeba_crop(image: Image.Image, size: int) -> Image.Image:
     """The face: 128 x 128 pixels about (x, y) = (89, 121), scaled to `size`.
 
     Bilinear, antialiased: the crop of DDIM (Song et al. 2021) and U-ViT (Bao et al. 2023).
-    ValueError unless the image is an aligned one, 178 x 218.
+
+    Raises:
+        UnreadableImage: the image is not an aligned one, 178 x 218.
     """
     if image.size != CELEBA_SIZE:
         raise UnreadableImage(
@@ -36,6 +42,4 @@ def celeba_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop(CELEBA_BOX).resize((size, size), Image.Resampling.BILINEAR)
 
 
-CELEBA_SIZE = (178, 218)
-CELEBA_BOX = (89 - 64, 121 - 64, 89 + 64, 121 + 64)  # left, top, right, bottom
 CROPS = {"center": center_crop, "celeba": celeba_crop}

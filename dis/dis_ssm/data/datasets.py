@@ -7,15 +7,15 @@ date. `sources` knows the formats.
 =====================  =========================  =================================================
 source                 image                      "train" / "heldout"
 =====================  =========================  =================================================
-``digits``             1 x 8 x 8, 17 grey levels  1,195 / 602: within each class, in file order,
+`digits`               1 x 8 x 8, 17 grey levels  1,195 / 602: within each class, in file order,
                        (scikit-learn, UCI)        images 0, 3, 6, ... are held out (same writers)
-``fashion-mnist``      1 x 28 x 28                6,000 / 1,000: the first 600 and 100 of each
+`fashion-mnist`        1 x 28 x 28                6,000 / 1,000: the first 600 and 100 of each
                        (embedded subset)          class in the official train and test files
-folder of idx          as in the files            ``train-*`` / ``t10k-*``
+folder of idx          as in the files            `train-*` / `t10k-*`
 CIFAR-10, as released  3 x 32 x 32                its 50,000 training / 10,000 test images
 CelebA folder          3 x size x size            partition 0, 162,770 / partition 1, 19,867
 Hugging Face data set  3 x size x size            train / validation, or test where that is missing
-folder or zip file     3 x size x size            its sub-folders ``train`` and ``heldout`` if it
+folder or zip file     3 x size x size            its sub-folders `train` and `heldout` if it
 of images                                         has both; otherwise every image is "train"
 =====================  =========================  =================================================
 """
@@ -24,7 +24,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,6 +33,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dis_ssm.data.crops import CROPS
+from dis_ssm.data.images import to_model_space
 from dis_ssm.data.sources import NO_LABEL, Files
 from dis_ssm.data.sources.base import number_classes
 from dis_ssm.data.sources.decode import UnreadableImage, decode
@@ -44,13 +45,25 @@ MAX_WORKERS = 8  # by default; decoding scales with cores until memory is the li
 class ImageDataset(Dataset):
     """Images of one size with labels: `ds[i]` is (uint8 array (C, H, W), int label).
 
-    `labels` is an int64 tensor (n,), all `NO_LABEL` when `num_classes` is 0; `class_names[k]` names
-    class k. `corrupt` maps the index of each image found unreadable to its name and the reason;
-    only `FileDataset` fills it. `crop` is a key of `CROPS`, or None where nothing is resized;
-    `background` what alpha is composed on, or None where there is no alpha. Subclasses give
-    `_images`.
+    Training reads by `stored` what the data set stores, moves that to the device, and turns it by
+    `to_model_space` into what the model learns, so that it need not know what the data is.
+
+    Attributes:
+        labels: int64 (n,), all `NO_LABEL` when `num_classes` is 0.
+        class_names: the name of class k is `class_names[k]`.
+        corrupt: the name of each image found unreadable, and the reason, by index; only
+            `FileDataset` fills it.
+        latents: whether the model learns latents, which a VAE decodes, and not images.
+        crop: a key of `CROPS`, or None where nothing is resized.
+        background: what alpha is composed on, or None where there is no alpha.
+
+    Subclasses give `_images`.
+
+    Raises:
+        ValueError: a label is not one of the classes.
     """
 
+    latents = False
     crop: str | None = None
     background: str | None = None
 
@@ -67,6 +80,7 @@ class ImageDataset(Dataset):
 
     @property
     def num_classes(self) -> int:
+        """How many classes the labels tell apart; 0 without labels."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -85,12 +99,42 @@ class ImageDataset(Dataset):
         """Like `batch` without the corrupt images, and the indices that were kept, int64 (m,)."""
         return *self.batch(indices), torch.as_tensor(indices, dtype=torch.int64)
 
+    def stored(self, indices, flips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The data at `indices` as the data set stores it, and its labels.
+
+        Args:
+            indices: n integers.
+            flips: bool (n,), which of them to mirror left to right.
+
+        Returns:
+            uint8 (n, C, H, W), and int64 (n,).
+        """
+        images, labels = self.batch(indices)
+        return torch.where(flips[:, None, None, None], images.flip(-1), images), labels
+
+    def to_model_space(self, data: torch.Tensor, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What the model learns of `data` from `stored`, on any device.
+
+        Args:
+            data: as `stored` gives it.
+            draw: gives standard normal noise of the shape and the device of the result; called
+                only where the data is a distribution to draw from, as latents are.
+
+        Returns:
+            float32 (n, C, H, W); of images, `x / 127.5 - 1`.
+        """
+        return to_model_space(data)
+
     def _images(self, indices: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
 
 class TensorDataset(ImageDataset):
-    """Images held in memory as one uint8 tensor (n, C, H, W)."""
+    """Images held in memory as one uint8 tensor (n, C, H, W).
+
+    Raises:
+        ValueError: there are more or fewer labels than images, or one is not of a class.
+    """
 
     def __init__(self, name: str, images, labels, class_names: Sequence[str] = ()):
         self.images = torch.as_tensor(images)
@@ -106,17 +150,25 @@ class TensorDataset(ImageDataset):
 class FileDataset(ImageDataset):
     """Encoded images, decoded when asked for, as RGB after the source's crop (see `CROPS`).
 
-    EXIF rotation is not applied, as in ADM. Images with alpha are composed on `background`, "white"
-    or "black", which is said once; "drop" leaves out alpha, as ADM does. `relabel` maps the labels
-    that occur to 0 .. K - 1 in their order; without it, labels without names must have few holes
-    (see `sources.base.number_classes`). Up to `workers` threads decode (default: the number of
-    processors, at most 8); they change no result.
+    EXIF rotation is not applied, as in ADM. A corrupt image is one that is there but cannot be
+    decoded to 8-bit RGB, or has more than `MAX_PIXELS` pixels, before or after it is scaled for the
+    crop, or `MAX_FILE_BYTES` bytes. It is named in a warning and recorded in `corrupt`; `batch`
+    gives the image and the label of the next readable index instead, `read` leaves it out.
 
-    A corrupt image is one that is there but cannot be decoded to 8-bit RGB, or has more than
-    `MAX_PIXELS` pixels, before or after it is scaled for the crop, or `MAX_FILE_BYTES` bytes. It is
-    named in a warning and recorded in `corrupt`; `batch` gives the image and the label of the next
-    readable index instead, `read` leaves it out. The image after the first `max_corrupt` raises
-    ValueError with all names; so does any file that is gone or may not be read.
+    Args:
+        files: the encoded images.
+        image_size: the side of the crop, in pixels.
+        max_corrupt: how many images may be corrupt; reading one more is an error.
+        workers: threads that decode, which change no result; None: one a processor, at most 8.
+        background: what images with alpha are composed on, "white" or "black", with one warning;
+            "drop" leaves out alpha, as ADM does.
+        relabel: map the labels that occur to 0 .. K - 1 in their order; without it, labels without
+            names must have few holes (see `sources.base.number_classes`).
+
+    Raises:
+        ValueError: `max_corrupt` or `workers` is out of range, or the labels cannot be used; when
+            read, more images than `max_corrupt` are corrupt, which are named, or a file is gone or
+            may not be read.
     """
 
     def __init__(
@@ -240,4 +292,5 @@ REMEDY = "replace the file, or remove it and start another run, because a run ke
 
 
 def composed_text(title: str, background: str) -> str:
+    """What is said once of images with alpha, of which `title` is one."""
     return f"images with alpha are composed on {background} (data.background), {title} is one"

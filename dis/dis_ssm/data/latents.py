@@ -1,8 +1,8 @@
 """A cache of VAE latents, read at random. (`dis_ssm.encoders.encoding` makes it.)
 
 CACHE/shard-%05d.safetensors holds, for `shard_size` consecutive images of the source less the
-corrupt ones, ``mean`` and ``std`` (n, 2, C, H, W) float16 of the posterior of the image [:, 0] and
-of its mirror image [:, 1], and ``label`` (n,) int64. CACHE/manifest.json says what they are of:
+corrupt ones, `mean` and `std` (n, 2, C, H, W) float16 of the posterior of the image [:, 0] and of
+its mirror image [:, 1], and `label` (n,) int64. CACHE/manifest.json says what they are of:
 source, VAE and its hashes, scale, precision, counts, size and SHA-256 of every shard.
 
 Letters: n images, C latent channels, H, W latent height and width.
@@ -13,8 +13,9 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,6 @@ from dis_ssm.data.sources.base import NO_LABEL
 from dis_ssm.system.files import write_json
 from dis_ssm.system.reading import FileError, read_json, sha256
 
-if TYPE_CHECKING:
-    pass
-
-
 FORMAT = 1
 MANIFEST, VERIFIED = "manifest.json", "verified.json"
 KEYS = ("source_images", "class_names", "vae", "latent_shape", "shard_size", "shards", "images")
@@ -41,7 +38,7 @@ RECORD = ("name", "images", "bytes", "sha256", "corrupt")  # of a shard
 MOST_SHARDS = 10**6
 FLIPS = 2  # the image, its mirror image
 CHUNK = 256  # images looked at together
-AGAIN = "the same dis-ssm encode again mends it"
+AGAIN = "rerun the same `dis-ssm encode` to repair it"
 
 
 class CacheError(ValueError):
@@ -52,7 +49,12 @@ class LatentDataset(ImageDataset):
     """Moments of a cache, memory-mapped: `channels`, `height`, `width` are those of the latents.
 
     Opens with `open_cache`. Copies of it in other processes map the files again.
+
+    Raises:
+        CacheError: a shard is missing, cut short or of another shape.
     """
+
+    latents = True
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
@@ -68,9 +70,20 @@ class LatentDataset(ImageDataset):
     def __reduce__(self):
         return open_cache, (self.folder,)
 
-    def moments(self, indices, flips) -> tuple[Tensor, Tensor]:
-        """float16 (n, 2, C, H, W), mean and std, of images `indices` (mirrored where `flips`), and
-        their labels (n,). CacheError when a shard that is used for the first time was altered."""
+    def stored(self, indices, flips: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments of images `indices`, and their labels.
+
+        Args:
+            indices: n integers.
+            flips: bool (n,), for which of them to take the moments of the mirror image.
+
+        Returns:
+            float16 (n, 2, C, H, W), mean and standard deviation, and int64 (n,).
+
+        Raises:
+            IndexError: there is no such image.
+            CacheError: a shard that is used for the first time was altered.
+        """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"{self.name} has latents 0 to {len(self) - 1}")
@@ -87,18 +100,26 @@ class LatentDataset(ImageDataset):
             row[0], row[1] = mean[i, side], std[i, side]
         return torch.from_numpy(found), self.labels[indices]
 
-    def to_model_space(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """What the model learns, (mean + std * noise - shift) * scale, float32 on noise's device.
+    def to_model_space(self, data: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        """Latents drawn from the moments: `(mean + std * noise - shift) * scale`.
 
-        moments are (n, 2, C, H, W), noise (n, C, H, W) standard normal; for Stable Diffusion's VAEs
-        shift is 0 and scale the scaling_factor (Rombach et al. 2022, appendix G).
+        For Stable Diffusion's VAEs shift is 0 and scale the scaling_factor (Rombach et al. 2022,
+        appendix G).
+
+        Args:
+            data: moments (n, 2, C, H, W), as `stored` gives them.
+            draw: gives the noise (n, C, H, W), standard normal.
+
+        Returns:
+            float32 (n, C, H, W), on the device of the noise.
         """
-        mean, std = moments.to(noise.device, torch.float32).unbind(1)
+        noise = draw()
+        mean, std = data.to(noise.device, torch.float32).unbind(1)
         shift, scale = self.shift.to(noise.device), self.scale.to(noise.device)
         return (mean + std * noise - shift) * scale
 
     def _images(self, indices: Tensor) -> Tensor:
-        raise ValueError(f"{self.name} holds latents and no images: ask for its moments")
+        raise ValueError(f"{self.name} holds latents and no images: read it by `stored`")
 
 
 class Verified:
@@ -118,7 +139,11 @@ class Verified:
         self._stamps = found if isinstance(found, dict) else {}
 
     def require(self, record: dict[str, Any]) -> None:
-        """CacheError unless the shard of `record` is unaltered."""
+        """Check the shard of `record`, unless that has been done.
+
+        Raises:
+            CacheError: the shard was altered.
+        """
         name, path = record["name"], self.folder / record["name"]
         if name in self._seen:
             return
@@ -134,19 +159,24 @@ class Verified:
 
 
 def is_cache(source: str | Path) -> bool:
+    """Whether `source` is a folder with the manifest of a cache."""
     return (Path(source).expanduser() / MANIFEST).is_file()
 
 
 def open_cache(folder: str | Path) -> LatentDataset:
     """A complete cache, for reading. Sizes and headers are checked; contents by `check_cache`.
 
-    Raises CacheError naming the file that is missing, cut short or of another shape.
+    Raises:
+        CacheError: the cache is incomplete, or a file, which it names, is missing, cut short or of
+            another shape.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         shards = f"{len(manifest['shards'])} of {len(shard_spans(manifest))} shards"
-        raise CacheError(f"{folder} is incomplete, {shards}: the same dis-ssm encode finishes it")
+        raise CacheError(
+            f"{folder} is incomplete, {shards}: rerun the same `dis-ssm encode` to finish it"
+        )
     try:
         return LatentDataset(folder, manifest)
     except CacheError as error:
@@ -157,7 +187,10 @@ def check_cache(folder: str | Path) -> dict[str, str]:
     """Read a whole cache; {shard: what is wrong with it}, empty when all is well.
 
     Verifies sizes, SHA-256, shapes, labels, that all moments are finite and no std negative, and
-    the counts. Encoding into the folder again mends what is wrong.
+    the counts. Encoding into the folder again repairs what is wrong.
+
+    Raises:
+        CacheError: there is no manifest, or it is damaged.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
@@ -201,7 +234,8 @@ def manifest_sha256(manifest: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache, verified by its own SHA-256 (which 0.1.0 did not write).
 
-    Raises CacheError where there is none, or it is damaged, or of another format.
+    Raises:
+        CacheError: there is none, or it is damaged, or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -236,8 +270,10 @@ def latent_scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(shift, scale), float32 (1 or C, 1, 1): model space is (z - shift) * scale.
 
     shift_factor (0 if None) and scaling_factor of a VAE's config; where it has latents_mean and
-    latents_std, one of each a channel, these and scaling_factor / latents_std. ValueError where
-    they are no finite numbers.
+    latents_std, one of each a channel, these and scaling_factor / latents_std.
+
+    Raises:
+        ValueError: they are no finite numbers.
     """
     try:
         shift, scale = _latent_scale(config)
@@ -277,7 +313,11 @@ def _map_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any]) -
 
 
 def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any]) -> None:
-    """CacheError unless the shard is what `record` says, to the bit, and its numbers are sound."""
+    """Check that a shard is what `record` says, to the bit, and that its numbers are sound.
+
+    Raises:
+        CacheError: it is not.
+    """
     path, tensors = folder / record["name"], _map_shard(folder, manifest, record)
     if sha256(path) != record["sha256"]:
         raise CacheError(f"{path} was altered: its SHA-256 is wrong")
@@ -291,4 +331,5 @@ def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any])
 
 
 def bar_interval() -> float:
+    """Seconds between two drawings of a progress bar: fewer on a terminal than in a file."""
     return 0.2 if sys.stderr.isatty() else 30.0

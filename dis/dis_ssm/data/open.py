@@ -22,20 +22,26 @@ def open_dataset(
     background: str = "white",
     relabel: bool = False,
 ) -> ImageDataset:
-    """Open `source`: a name of `SOURCES`, a folder or a file (see the table above, docs/data.md).
+    """Open `source`: a name of `SOURCES`, a folder or a file (see docs/data.md).
 
     A folder or zip file of images holds one sub-folder per class (sorted names are labels
     0 .. K-1), or images and no sub-folders (unlabelled), or StyleGAN's dataset.json with the
     labels. Image files need `image_size`, in pixels; the other sources have a size of their own,
-    and `image_size`, when given, must equal it. ``fashion-mnist`` is looked for in the folder that
+    and `image_size`, when given, must equal it. `fashion-mnist` is looked for in the folder that
     the environment variable DIS_SSM_DATA names, then in the repository's experiments/data. A folder
-    with a manifest.json is a cache of latents, of the split that it was made from.
-
-    `max_corrupt`, `workers`, `background` and `relabel` are those of `FileDataset`. Files that are
+    with a manifest.json is a cache of latents, of the split that it was made from. Files that are
     left out because they are no images, or hidden, are named in a warning.
 
-    Raises ValueError for an unknown source, split or size, an empty or ambiguous folder, a run and
-    a damaged file; ImportError when a library is missing (it says how to install it).
+    Args:
+        source: the name, folder or file.
+        split: "train" or "heldout".
+        image_size: the side of the crop, in pixels.
+        max_corrupt, workers, background, relabel: as of `FileDataset`.
+
+    Raises:
+        ValueError: the source, split, size or background is unknown, a folder is empty, ambiguous
+            or a run, or a file is damaged.
+        ImportError: a library is missing; it says how to install it.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -63,7 +69,11 @@ def open_dataset(
 
 
 def refuse_run(path: Path) -> None:
-    """ValueError where it is a run or a checkpoint: what lies in one is no data set."""
+    """Check that `path` is no run and no checkpoint: what lies in one is no data set.
+
+    Raises:
+        ValueError: it is one.
+    """
     try:
         run, _ = locate(path)
     except CheckpointError:

@@ -5,8 +5,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from dis_ssm.data.sources import IMAGE_SUFFIXES, NO_LABEL, SOURCES, SPLITS, Files  # noqa: F401
-
 
 def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
     """A permutation of 0 .. n-1, int64 (n,), that depends on nothing but the arguments.
@@ -28,6 +26,9 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> torch.Tensor
     Epochs follow one another without a gap: steps 0, 1, ... together read the infinite sequence
     `epoch_order(n, seed, 0), epoch_order(n, seed, 1), ...`, so that every image is seen once an
     epoch, a batch may span epochs (several when batch_size > n), and resuming needs only `step`.
+
+    Raises:
+        ValueError: `n` or `batch_size` is below 1, or `step` below 0.
     """
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f"need n, batch_size >= 1 and step >= 0, got {n}, {batch_size}, {step}")

@@ -12,7 +12,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ from dis_ssm.system.distributed import World
 from dis_ssm.system.files import DRAFT, drafted, write_json
 from dis_ssm.system.locks import is_empty, locked
 from dis_ssm.system.machine import pick_device, versions
+from dis_ssm.system.prefetch import prefetch
 from dis_ssm.system.reading import sha256
 
 if TYPE_CHECKING:
@@ -71,16 +71,30 @@ def encode(
     background: str = "white",
     relabel: bool = False,
 ) -> dict[str, Any]:
-    """Encode the images of `source` (see `open_dataset`) into the cache `out`; its manifest.
+    """Encode the images of `source` (see `open_dataset`) into the cache `out`.
 
     Every rank of `world` calls it and encodes shards of its own. The same call again goes on where
     a killed one stopped: shards that are there and intact are kept, others encoded (again). The
     bits of a shard depend on the arguments and the machine, not on the world or on interruptions.
-    `precision` "bf16" is autocast; the moments are taken in float32 and stored in float16.
 
-    Raises ValueError for settings that cannot be, or that differ from those the folder was begun
-    with, for more than `max_corrupt` unreadable images and for moments beyond float16; OSError when
-    the disk is full. Finished shards stay.
+    Args:
+        source: the images; split, image_size, max_corrupt, workers, background and relabel are
+            those of `open_dataset`.
+        out: the folder of the cache.
+        vae: folder or hub id of the encoder.
+        batch_size: images encoded together.
+        shard_size: images of the source that one shard is for.
+        precision: "float32", or "bf16" for autocast; the moments are taken in float32 and stored in
+            float16.
+        world: the processes that encode together; None: this one alone.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: settings cannot be, or differ from those the folder was begun with; more than
+            `max_corrupt` images cannot be read; or moments are beyond float16.
+        OSError: the disk is full. Finished shards stay, whatever is raised.
     """
     world, out = world or World(pick_device(None)), Path(out)
     for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
@@ -335,12 +349,8 @@ def _encode(
     """Batch after batch of `span`: moments (2, b, 2, C, H, W), labels (b,), the corrupt images left
     out, how many were read. The next batch is read while this one is encoded."""
     batches = [span[i : i + batch_size] for i in range(0, len(span), batch_size)]
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(dataset.read, list(batches[0]))]
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
-            images, labels, kept = pending.pop().result()
-            if following:
-                pending.append(pool.submit(dataset.read, list(following)))
+    with contextlib.closing(prefetch(dataset.read, map(list, batches))) as found:
+        for batch, (images, labels, kept) in zip(batches, found, strict=True):
             left_out = sorted(set(batch) - set(torch.as_tensor(kept).tolist()))
             corrupt = {str(i): dataset.corrupt[i] for i in left_out}
             if not len(labels):

@@ -33,7 +33,7 @@ def load_vae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> "AutoencoderKL":
-    """The AutoencoderKL of a folder (its own, or a pipeline's with a sub-folder ``vae``) or hub id.
+    """The AutoencoderKL of a folder (its own, or a pipeline's with a sub-folder `vae`) or hub id.
 
     What is on this machine is used; only a hub id that is not is downloaded. The weights must be
     safetensors and complete. Frozen, in eval mode. Raises ValueError naming `path_or_id`.

@@ -44,10 +44,10 @@ def from_released(
     """Builds a DiS from a released state dict; every size is read off the tensors.
 
     Args:
-        source: a state dict, or a file: the trainer's ``{"model", "ema", "opt", "args"}`` (the
+        source: a state dict, or a file: the trainer's `{"model", "ema", "opt", "args"}` (the
             EMA is taken), a state dict under another usual key or none, or safetensors. What
             DDP, FSDP, torch.compile and AveragedModel add to names is taken off. Pickles are
-            opened with ``weights_only=True``: objects of other classes than tensors become
+            opened with `weights_only=True`: objects of other classes than tensors become
             placeholders, and nothing that a file names is imported or run.
         input_size: side or (height, width); None assumes a square.
 
@@ -133,13 +133,13 @@ def convert_file(
     input_size: int | tuple[int, int] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes :func:`from_released`'s model as the EMA of a run folder; returns the checkpoint.
+    """Writes `from_released`'s model as the EMA of a run folder; returns the checkpoint.
 
     The diffusion is the released one (linear, epsilon); the data it was trained on are not known.
     `report` is called with lines that say what was mapped and what was left out.
 
     Raises:
-        ValueError: what :func:`from_released` raises, or ``run`` already holds checkpoints or
+        ValueError: what `from_released` raises, or `run` already holds checkpoints or
             something else.
     """
     (model, notes), run = _build(source, input_size), Path(run)

@@ -1,7 +1,7 @@
 """One pass over a set of images: statistics of all features, and the pool features themselves
 where precision and recall need them."""
 
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from dis_ssm.metrics.extractors import Extractor
 from dis_ssm.metrics.readers import Images
 from dis_ssm.metrics.statistics import SetStatistics
 from dis_ssm.system.distributed import World
+from dis_ssm.system.prefetch import prefetch
 
 
 @dataclass
@@ -44,16 +45,13 @@ def scan(
     bar = tqdm(
         total=n, unit="image", desc=images.name, disable=not (progress and world.main), leave=False
     )
-    with bar, ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(images.read, start, start + batch_size) for start in starts[:1]]
+    batches = prefetch(lambda start: images.read(start, start + batch_size), starts)
+    with bar, closing(batches):
         for turn in range(-(-n // step)):
             with world.together():
                 features = None
                 if turn < len(starts):
-                    batch = coming.pop().result()
-                    for start in starts[turn + 1 : turn + 2]:
-                        coming.append(reader.submit(images.read, start, start + batch_size))
-                    features = extractor(batch)
+                    features = extractor(next(batches))
             for part in world.gather(features):
                 if part is None:
                     continue

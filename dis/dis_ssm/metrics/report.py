@@ -1,6 +1,10 @@
-"""What a reader of the scores must know, and a table for people."""
+"""Reports of `evaluate_samples`: their warnings, their table, and where they are written."""
+
+from pathlib import Path
+from typing import Any
 
 from dis_ssm.metrics.extractors import TF_2015
+from dis_ssm.system.tables import format_table
 
 PUBLISHED = 50_000  # samples of FID-50K
 PUBLISHED_REFERENCES = 10_000  # of precision and recall
@@ -74,15 +78,8 @@ def format_report(report: dict) -> str:
                 "-" if low_high is None else "{:.4f} .. {:.4f}".format(*low_high),
             )
         )
-    rows += [
-        (_title(name), "not available:", why, "") for name, why in report["unavailable"].items()
-    ]
-    widths = [max(len(row[i]) for row in rows[: 1 + len(report["scores"])]) for i in range(3)]
-    widths[1] = max(len(row[1]) for row in rows)
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    ]
+    lines = [format_table(rows)]
+    lines += [f"{_title(name)} not available: {why}" for name, why in report["unavailable"].items()]
     settings, run = report["settings"], report["run"]
     extractor = settings["extractor"]
     weights = f", weights {extractor['weights'][:8]}" if extractor["weights"] else ""
@@ -95,6 +92,23 @@ def format_report(report: dict) -> str:
         f"run:       {run['device']}, {run['processes']} process(es), {run['seconds']} s",
     ]
     return "\n".join(lines + [f"warning: {warning}" for warning in report["warnings"]])
+
+
+def report_path(samples: str | Path, extractor: str) -> Path:
+    """Where the command writes the report of image files: beside them, NAME-EXTRACTOR.json."""
+    place = Path(samples).absolute()
+    name = place.name if place.is_dir() else place.stem
+    return place.with_name(f"{name}-{extractor}.json")
+
+
+def drawn_report_path(run: Path, report: dict[str, Any], reference: str | Path | None) -> Path:
+    """Where the command writes the report of images drawn from `run`: in RUN/scores.
+
+    The name says which samples, which extractor and which `reference`; None is the run's own data.
+    """
+    extractor = report["settings"]["extractor"]["name"]
+    against = "data" if reference is None else Path(reference).stem
+    return run / "scores" / f"{report['drawn']['samples']}-{extractor}-to-{against}.json"
 
 
 def _title(name: str) -> str:

@@ -40,11 +40,12 @@ from dis_ssm.storage.checkpoint import identity, locate, read_state
 from dis_ssm.system.files import check_writable
 from dis_ssm.system.machine import pick_device, versions
 from dis_ssm.system.reading import FileError, read_json
+from dis_ssm.system.tables import format_table
 
 MAX_JUDGED = 5000  # real images that the classifier is fitted on, or checked on
 
 
-def evaluate_run(
+def score_run(
     run: str | Path,
     *,
     num: int = 600,
@@ -97,7 +98,7 @@ def evaluate_run(
         seed=seed,
         batch_size=batch_size,
     )
-    diffusion = build_diffusion(config)
+    diffusion = build_diffusion(config.diffusion)
     train, heldout = (
         open_dataset(
             config.data.source,
@@ -326,17 +327,12 @@ def format_scores(scores: dict) -> str:
                 f"of 256 levels occur",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    table = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    ]
     made = (
         f"{scores['num']} samples of {source}, {scores['sampler']} {scores['steps']} steps, "
         f"guidance {scores['cfg_scale']:g}, seed {scores['seed']}; {scores['weights']} weights of "
         f"step {scores['checkpoint_step']}; {scores['device']}, {scores['seconds']} s"
     )
-    return "\n".join([*table, made])
+    return f"{format_table(rows)}\n{made}"
 
 
 @contextlib.contextmanager

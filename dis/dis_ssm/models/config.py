@@ -37,7 +37,7 @@ class DiSConfig:
     cond_dim: int | None = None
 
     def __post_init__(self):
-        PatchGrid.of(self.input_size, self.patch_size)
+        _ = self.grid  # refuses sizes that do not fit together
         for name in ("in_channels", "hidden_size", "d_state", "expand", "d_conv"):
             check_count(name, getattr(self, name))
         check_count("depth", self.depth, least=0)  # an even depth is told why

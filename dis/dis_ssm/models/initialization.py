@@ -34,7 +34,7 @@ def init_weights(model: DiS) -> None:
     | decoder's modulation and final linear | 0                                                |
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -103,7 +103,7 @@ _PLAIN_TENSORS = frozenset({nn.Parameter, Tensor, FakeTensor})
 
 
 def is_plain(module: nn.Module | None, kind: type = nn.Linear) -> bool:
-    """Whether calling ``module`` computes what ``kind`` does with its parameters.
+    """Whether calling `module` computes what `kind` does with its parameters.
 
     False for wrapped, subclassed, parametrised, quantised or hooked modules: these must be called.
     """
@@ -122,9 +122,9 @@ def is_plain(module: nn.Module | None, kind: type = nn.Linear) -> bool:
 
 
 def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype ``module`` computes in: that of its first floating-point parameter.
+    """The dtype `module` computes in: that of its first floating-point parameter.
 
-    A wrapper or a quantised module may have no ``weight`` to ask, and a parametrised one would
+    A wrapper or a quantised module may have no `weight` to ask, and a parametrised one would
     compute it.
     """
     if type(module) is nn.Linear:
@@ -238,6 +238,7 @@ class FusedMixer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, *parameters_and_save) -> Tensor:
+        """h (B, L, D), the tensors of `MixerParameters`, whether to save -> (B, L, D)."""
         *tensors, save = parameters_and_save
         parameters = MixerParameters.from_flat(*tensors)
         xz = F.linear(h, parameters.in_weight)
@@ -250,6 +251,7 @@ class FusedMixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor):
+        """dout (B, L, D) -> the gradients of h and of each parameter, None for the flag."""
         refuse_batched_gradients(dout)
         h, xz, low_f, low_b, pregate, states, *tensors = ctx.saved_tensors
         parameters = MixerParameters.from_flat(*tensors)

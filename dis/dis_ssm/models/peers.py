@@ -8,7 +8,7 @@ from torch import nn
 from dis_ssm.models.dit import dit
 from dis_ssm.models.presets import DiS_models, create_model
 from dis_ssm.models.uvit import UViT
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 
 PATCHES = (2, 4, 8)
 DIT = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
@@ -26,8 +26,7 @@ def build(name: str, size: tuple[int, int], channels: int, classes: int) -> nn.M
     if name in DiS_models:
         return create_model(name, input_size=size, in_channels=channels, num_classes=classes)
     if name not in PEERS:
-        near = nearest(name, (*DiS_models, *PEERS)) or ("DiS-S/2", "DiT-S/2", "U-ViT-S/2")
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"unknown model {name!r}; {did_you_mean(name, (*DiS_models, *PEERS))}")
     family, patch, shape = PEERS[name]
     if any(side % patch for side in size):
         raise ValueError(f"patch_size {patch} does not divide the input size {size[0]}x{size[1]}")

@@ -3,7 +3,7 @@
 from functools import partial
 
 from dis_ssm.models.dis import DiS
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 
 _SIZES = {
     "S": dict(hidden_size=368, depth=25),
@@ -35,6 +35,5 @@ def create_model(name: str, **kwargs) -> DiS:
     """
     if name not in DiS_models:
         name = str(name)
-        near = nearest(name, DiS_models) or DiS_models
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"unknown model {name!r}; {did_you_mean(name, DiS_models)}")
     return DiS_models[name](**kwargs)

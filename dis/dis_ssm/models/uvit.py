@@ -21,6 +21,7 @@ class UViTBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, h: Tensor, skip: Tensor | None) -> Tensor:
+        """h (B, L, D) and, in deep blocks, the shallow block's output (B, L, D) -> (B, L, D)."""
         if self.skip_linear is not None:
             h = self.skip_linear(torch.cat([h, skip], dim=-1))
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).unbind(2)

@@ -24,14 +24,14 @@ def causal_conv1d(
 
     .. math:: y_t = σ(bias + \sum_{k<K} weight_k x_{t-(K-1)+k}), \quad x_{<0} = 0
 
-    With ``reverse`` the filter sees the future, ``x_{t+(K-1)-k}``, as if the sequence were flipped.
+    With `reverse` the filter sees the future, `x_{t+(K-1)-k}`, as if the sequence were flipped.
 
     Args:
         x: (batch, length, channels).
         weight: (channels, width); the kernel takes widths up to 4, the reference any.
         bias: (channels,).
         activation: "silu" or None.
-        backend: as in :func:`dis_ssm.ops.selective_scan`.
+        backend: as in `dis_ssm.ops.selective_scan`.
 
     Returns:
         (batch, length, channels) in x's dtype; sums are float32 (float64 for float64).
@@ -56,9 +56,9 @@ def bidirectional_causal_conv1d(
     activation: str | None = "silu",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The causal convolution with ``weight_f`` and the anti-causal one with ``weight_b``.
+    """The causal convolution with `weight_f` and the anti-causal one with `weight_b`.
 
-    Args and errors are those of :func:`causal_conv1d`. Returns two tensors like x.
+    Args and errors are those of `causal_conv1d`. Returns two tensors like x.
     """
     _check(x, activation, weight_f=weight_f, bias_f=bias_f)
     _check(x, activation, weight_b=weight_b, bias_b=bias_b)

@@ -1,8 +1,8 @@
 """The CUDA kernels: compiled by NVRTC at first use, cached on disk, launched on torch's stream.
 
-The sources in ``kernels/cuda`` need neither nvcc nor torch's headers. One program holds the kernels
+The sources in `kernels/cuda` need neither nvcc nor torch's headers. One program holds the kernels
 for one I/O type and one state size; its cubin is kept beside the CPU library, under a name that
-hashes sources, options, architecture and compiler version. ``cuda.core`` is imported on first use.
+hashes sources, options, architecture and compiler version. `cuda.core` is imported on first use.
 """
 
 from __future__ import annotations

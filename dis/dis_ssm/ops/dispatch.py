@@ -23,7 +23,7 @@ def _constant(function):
 
 @_constant
 def _forced() -> str | None:
-    """``$DIS_SSM_BACKEND``, for the whole process."""
+    """`$DIS_SSM_BACKEND`, for the whole process."""
     return os.environ.get("DIS_SSM_BACKEND") or None
 
 
@@ -57,7 +57,7 @@ def _other_derivatives(tensors: tuple[Tensor | None, ...]) -> str:
 
 
 def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: str = "") -> str:
-    """The backend to run, one of ``BACKENDS``.
+    """The backend to run, one of `BACKENDS`.
 
     Args:
         backend: None picks the best that can run; a name forces it.
@@ -100,6 +100,7 @@ def select(backend: str | None, x: Tensor, *others: Tensor | None, unsupported: 
 
 
 def no_second_derivative(ctx, *grads):
+    """The backward pass of a backward pass that has none: NotImplementedError with the remedy."""
     raise NotImplementedError(
         "the kernels have no second derivative: use backend='reference', "
         "or DIS_SSM_BACKEND=reference for the whole process"
@@ -122,7 +123,7 @@ _BATCHED = [torch._C._parse_dispatch_key(name) for name in ("Batched", "FuncTorc
 
 
 def forced_problem() -> str | None:
-    """Why the backend that ``$DIS_SSM_BACKEND`` forces cannot run; None if it can, or none is."""
+    """Why the backend that `$DIS_SSM_BACKEND` forces cannot run; None if it can, or none is."""
     forced = _forced()
     if forced in (None, "reference"):
         return None
@@ -132,7 +133,7 @@ def forced_problem() -> str | None:
 
 
 def check_forced() -> None:
-    """ValueError or BackendError if ``$DIS_SSM_BACKEND`` forces what cannot run."""
+    """ValueError or BackendError if `$DIS_SSM_BACKEND` forces what cannot run."""
     if reason := forced_problem():
         kind = BackendError if _forced() in BACKENDS else ValueError
         raise kind(f"DIS_SSM_BACKEND={_forced()} cannot run: {reason}")

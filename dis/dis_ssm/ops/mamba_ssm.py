@@ -25,7 +25,7 @@ def why_not() -> str | None:
 
 
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse) -> Tensor:
-    """mamba-ssm's ``selective_scan_fn``; see `dis_ssm.ops.selective_scan`."""
+    """mamba-ssm's `selective_scan_fn`; see `dis_ssm.ops.selective_scan`."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     dtype = x.dtype
@@ -45,7 +45,7 @@ def bidirectional_selective_scan(
 
 
 def causal_conv1d(x, weight, bias, activation, reverse) -> Tensor:
-    """causal-conv1d's ``causal_conv1d_fn``; see `dis_ssm.ops.causal_conv1d`."""
+    """causal-conv1d's `causal_conv1d_fn`; see `dis_ssm.ops.causal_conv1d`."""
     from causal_conv1d import causal_conv1d_fn
 
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))

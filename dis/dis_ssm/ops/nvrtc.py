@@ -21,6 +21,7 @@ INSTALL = "pip install 'dis-ssm[cuda]'"
 
 
 def missing_packages() -> str | None:
+    """What is missing to compile and launch kernels, and how to install it; None if nothing is."""
     try:
         core = importlib.metadata.version("cuda-core")
     except importlib.metadata.PackageNotFoundError:
@@ -40,11 +41,17 @@ def missing_packages() -> str | None:
 
 
 def one_line(error: Exception) -> str:
+    """Type and text of an error in one line of at most 400 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 @functools.cache
 def version() -> tuple[int, int]:
+    """(major, minor) of NVRTC.
+
+    Raises:
+        BackendError: NVRTC does not answer.
+    """
     from cuda.bindings import nvrtc
 
     error, major, minor = nvrtc.nvrtcVersion()
@@ -54,7 +61,7 @@ def version() -> tuple[int, int]:
 
 
 def compile_cubin(source: str, arch: str, macros: dict[str, int], log_to=None) -> bytes:
-    """``source``.cu for ``arch`` ("sm_90"); ``log_to`` collects ptxas' resource report.
+    """`source`.cu for `arch` ("sm_90"); `log_to` collects ptxas' resource report.
 
     Raises:
         BackendError: the compiler refused; the message holds its first lines.
@@ -96,7 +103,7 @@ def _module(source: str, arch: str, macros: tuple):
 
 @functools.cache
 def _kernel(source: str, name: str, device: int, macros: tuple, shared: int) -> int:
-    """The handle of a kernel that may use ``shared`` bytes on this device."""
+    """The handle of a kernel that may use `shared` bytes on this device."""
     from cuda.bindings import driver
 
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -113,6 +120,7 @@ _keep: list = []  # kernels behind the handles
 
 
 def check(result: tuple) -> None:
+    """RuntimeError unless a call of the CUDA driver returned success."""
     if int(result[0]):
         raise RuntimeError(f"CUDA: {result[0]!r}")
 
@@ -128,7 +136,7 @@ def _ensure_context(device: torch.device) -> None:
 
 
 def launch(source, name, macros, grid, block, shared, arguments, device) -> None:
-    """One kernel on torch's current stream of ``device``; ``arguments`` is passed by value."""
+    """One kernel on torch's current stream of `device`; `arguments` is passed by value."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):

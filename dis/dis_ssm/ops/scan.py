@@ -82,7 +82,7 @@ def bidirectional_selective_scan(
     dt_softplus: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """``(scan_f + scan_b) * silu(z)``, scan_b running from the last token to the first.
+    """`(scan_f + scan_b) * silu(z)`, scan_b running from the last token to the first.
 
     Args and errors are those of `selective_scan`, one set a direction. Returns (b, l, d).
     """

@@ -54,7 +54,7 @@ class Pipeline:
     @cached_property
     def diffusion(self) -> Diffusion:
         """The process that the model was trained for."""
-        return build_diffusion(self.config)
+        return build_diffusion(self.config.diffusion)
 
     @property
     def visible(self) -> bool:

@@ -1,11 +1,11 @@
 """Checkpoints that are either complete and unaltered, or refused by name.
 
-RUN/checkpoints/STEP/ holds ``model``, ``ema`` (float32) and ``optimizer`` as .safetensors, then
-``state.json`` (step, config, versions, the trainer's own state, size and SHA-256 of every file),
-then ``COMPLETE`` with the SHA-256 of state.json. A part whose tensors are sharded over processes is
-a folder of safetensors instead, one file a process (torch.distributed.checkpoint's), which any
-number of processes reads. The folder is written under a temporary name, flushed to disk and
-renamed: a killed process or a full disk leaves the older ones as they were.
+RUN/checkpoints/STEP/ holds `model`, `ema` (float32) and `optimizer` as .safetensors, then
+`state.json` (step, config, versions, the trainer's own state, size and SHA-256 of every file), then
+`COMPLETE` with the SHA-256 of state.json. A part whose tensors are sharded over processes is a
+folder of safetensors instead, one file a process (torch.distributed.checkpoint's), which any number
+of processes reads. The folder is written under a temporary name, flushed to disk and renamed: a
+killed process or a full disk leaves the older ones as they were.
 
 A file that is cut short, altered or missing is a `CheckpointError`. `newest_intact` (resuming) then
 goes on to the checkpoint before it, with one line of warning, whatever the damage; `load_model`
@@ -62,8 +62,22 @@ def save_checkpoint(
     """Write RUN/checkpoints/STEP with one file per part, then remove all but the newest `keep`.
 
     Called by all ranks, with the same arguments but for their shards; the main one writes what is
-    whole. Later steps, which resuming refused as damaged, are removed too. Raises OSError or
-    CheckpointError when it cannot be written; nothing older is touched then.
+    whole. Later steps, which resuming refused as damaged, are removed too.
+
+    Args:
+        run: the folder of the run.
+        step: of the checkpoint, which names its folder.
+        parts: the tensors of each file by its name without the suffix.
+        config: of the run, resolved.
+        state: what else the trainer needs to continue, as JSON can hold.
+        keep: how many checkpoints stay.
+        world: the processes that write together.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError, CheckpointError: it cannot be written; nothing older is touched then.
     """
     folder = run / "checkpoints" / f"{step:08d}"
     draft = folder.with_name(DRAFT + folder.name)
@@ -120,7 +134,11 @@ def clean_drafts(run: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, verified against its completion marker."""
+    """state.json of a checkpoint, verified against its completion marker.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, altered or of another format.
+    """
     if not (folder / COMPLETE).is_file():
         raise CheckpointError(f"{folder} is incomplete: {COMPLETE} is missing")
     if not (folder / STATE).is_file():
@@ -160,7 +178,11 @@ def _check_state(state: Any) -> None:
 
 
 def saved_config(folder: Path, state: dict[str, Any]) -> Config:
-    """The config in state.json, resolved as it was saved; CheckpointError naming file and key."""
+    """The config in state.json, resolved as it was saved.
+
+    Raises:
+        CheckpointError: it cannot be used; it names file and key.
+    """
     with of_state(folder):
         config = from_saved(state["config"])
         for name in ("in_channels", "input_size", "num_classes"):
@@ -171,6 +193,11 @@ def saved_config(folder: Path, state: dict[str, Any]) -> Config:
 
 @contextlib.contextmanager
 def of_state(folder: Path) -> Iterator[None]:
+    """Errors inside are of the config in the checkpoint's state.
+
+    Raises:
+        CheckpointError: for a ValueError inside; it names the file.
+    """
     try:
         yield
     except ValueError as error:
@@ -178,7 +205,11 @@ def of_state(folder: Path) -> Iterator[None]:
 
 
 def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Whole tensors of one part of a checkpoint, on the CPU, after its files were verified."""
+    """Whole tensors of one part of a checkpoint, on the CPU, after its files were verified.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered.
+    """
     for file in part_files(folder, state, name):
         verify_file(folder, state, file)
     if not (folder / name).is_dir():
@@ -191,7 +222,8 @@ def read_part(folder: Path, state: dict[str, Any], name: str) -> dict[str, Tenso
 def load_part(folder: Path, state: dict[str, Any], name: str, own: dict[str, Tensor]) -> None:
     """Fill the tensors `own`, whole or sharded, from a part whose files were verified.
 
-    CheckpointError unless names and shapes are exactly theirs.
+    Raises:
+        CheckpointError: names and shapes are not exactly theirs.
     """
     if (folder / name).is_dir():
         found = {n: torch.empty(size, device="meta") for n, (size, _) in _sharded(folder / name)}
@@ -206,7 +238,11 @@ def load_part(folder: Path, state: dict[str, Any], name: str, own: dict[str, Ten
 
 
 def part_files(folder: Path, state: dict[str, Any], name: str) -> list[str]:
-    """The files of a part, relative to the checkpoint; CheckpointError when it has none."""
+    """The files of a part, relative to the checkpoint.
+
+    Raises:
+        CheckpointError: it has none.
+    """
     files = [f for f in state["files"] if f == f"{name}.safetensors" or f.startswith(f"{name}/")]
     if not files:
         raise CheckpointError(f"{folder / name}.safetensors is missing")
@@ -214,7 +250,11 @@ def part_files(folder: Path, state: dict[str, Any], name: str) -> list[str]:
 
 
 def verify_file(folder: Path, state: dict[str, Any], file: str) -> None:
-    """CheckpointError unless size and SHA-256 are those in state.json."""
+    """Check that a file has the size and SHA-256 in state.json.
+
+    Raises:
+        CheckpointError: it has not, or is missing.
+    """
     path, wanted = folder / file, state["files"][file]
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
@@ -229,8 +269,11 @@ def newest_intact(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Folder and state of the newest checkpoint whose parts `names` verify; None without any.
 
-    Damaged ones are passed over with a warning each. CheckpointError when all are damaged,
-    ValueError when one was never meant to be continued. The ranks share the reading.
+    Damaged ones are passed over with a warning each. The ranks share the reading.
+
+    Raises:
+        CheckpointError: all are damaged.
+        ValueError: one was never meant to be continued.
     """
     problem = None
     for folder in world.gather(list(reversed(_step_folders(run))))[0]:
@@ -264,7 +307,9 @@ def newest_intact(
 def locate(path: str | Path) -> tuple[Path, Path]:
     """(RUN, checkpoint folder) of a run, whose newest complete one it is, or of a checkpoint.
 
-    Raises ValueError where there is neither, CheckpointError where the newest is incomplete.
+    Raises:
+        ValueError: there is neither.
+        CheckpointError: the newest is incomplete.
     """
     path = Path(path)
     if (path / STATE).is_file() or (path / COMPLETE).is_file():
@@ -283,13 +328,21 @@ def locate(path: str | Path) -> tuple[Path, Path]:
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
-    """Copy `tensors` into `model`; CheckpointError unless names and shapes are exactly its own."""
+    """Copy `tensors` into `model`.
+
+    Raises:
+        CheckpointError: names and shapes are not exactly its own.
+    """
     check_tensors(model.state_dict(), tensors, origin)
     model.load_state_dict(tensors)
 
 
 def check_tensors(own: dict[str, Tensor], tensors: dict[str, Tensor], origin: str | Path) -> None:
-    """CheckpointError naming the first tensor that is missing, unexpected or of another shape."""
+    """Check that `tensors` have the names and shapes of `own`.
+
+    Raises:
+        CheckpointError: one, which it names, is missing, unexpected or of another shape.
+    """
     problems = [f"lacks {name} {tuple(own[name].shape)}" for name in own if name not in tensors]
     for name, tensor in tensors.items():
         if name not in own:

@@ -8,11 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dis_ssm.system.files import write_json
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.system.reading import read_json
 
 CLASSES = "classes.json"
-SHOWN = 10  # names in a message
 
 
 def keep_class_names(run: Path, names: Sequence[str]) -> None:
@@ -29,7 +28,11 @@ def keep_class_names(run: Path, names: Sequence[str]) -> None:
 
 
 def class_names(run: Path) -> tuple[str, ...]:
-    """The names that `run` keeps; none if it has none, as runs of version 0.1.0."""
+    """The names that `run` keeps; none if it has none, as runs of version 0.1.0.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = run / CLASSES
     if not os.path.lexists(path):
         return ()
@@ -40,10 +43,13 @@ def class_names(run: Path) -> tuple[str, ...]:
 
 
 def class_labels(wanted: Sequence[str], names: Sequence[str], count: int) -> tuple[int, ...]:
-    """The labels 0 to count - 1 that `wanted`, names or numbers, mean; ValueError with near names.
+    """The labels 0 to count - 1 that `wanted`, names or numbers, mean.
 
     What is both, the number of one class and the name of another, is taken as the number, with a
     warning.
+
+    Raises:
+        ValueError: one is neither; it says which names are near.
     """
     return tuple(_label(one, names, count) for one in wanted)
 
@@ -78,8 +84,4 @@ def _label(wanted: str, names: Sequence[str], count: int) -> int:
     if number is not None or not names:
         hint = "" if names else "; this run keeps no names of classes, give numbers"
         raise ValueError(f"class {wanted} is not one of the model's {count} classes{hint}")
-    near = nearest(wanted, names)
-    some = ", ".join(map(repr, near or names[:SHOWN]))
-    more = "" if near or len(names) <= SHOWN else " ..."
-    start = "did you mean" if near else "there are"
-    raise ValueError(f"no class is named {wanted!r}: {start} {some}{more}{'?' if near else ''}")
+    raise ValueError(f"no class is named {wanted!r}: {did_you_mean(wanted, names)}")

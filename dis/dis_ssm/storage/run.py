@@ -13,7 +13,11 @@ LOG = "log.jsonl"
 
 @contextlib.contextmanager
 def exclusive(run: Path) -> Iterator[None]:
-    """Make the folder `run` and hold its lock. ValueError, too, if it is full of something else."""
+    """Make the folder `run` and hold its lock.
+
+    Raises:
+        ValueError: it is a file, full of something else, or held by another process.
+    """
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file: give a folder for the run")
     if not (is_empty(run) or is_run(run)):
@@ -35,14 +39,20 @@ def is_run(folder: Path) -> bool:
 
 
 def preview_path(run: Path, step: int) -> Path:
+    """Where the grid of samples of `step` lies."""
     return run / "samples" / f"step-{step:06d}.png"
 
 
 def score_path(run: Path, step: int) -> Path:
+    """Where the score of `step` lies, taken while training."""
     return run / "scores" / f"training-{step:06d}.json"
 
 
 def check_log(run: Path) -> None:
-    """FileError where the log of a run is no regular file: reading it could hang."""
+    """Check that the log of a run, if there is one, is a regular file: reading another could hang.
+
+    Raises:
+        FileError: it is not.
+    """
     if (run / LOG).exists():
         check_regular(run / LOG)

@@ -70,11 +70,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8 and flush it to the disk; not atomic."""
     path.write_text(text, encoding="utf-8")
     sync(path)
 
 
 def sync(path: Path) -> None:
+    """Flush a file or folder to the disk, where the system can."""
     if os.name == "nt":  # neither folders nor files opened for reading can be flushed there
         return
     descriptor = os.open(path, os.O_RDONLY)

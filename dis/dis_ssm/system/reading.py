@@ -89,6 +89,7 @@ def sha256(path: Path) -> str:
 
 
 def check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
+    """ValueError for a file of more than `most` bytes."""
     if size > most:
         raise ValueError(f"it has {size:,} bytes, more than {most:,}")
 

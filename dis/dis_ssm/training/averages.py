@@ -14,6 +14,9 @@ class EMA:
     their initial weights: with `warmup` 10 it passes 0.99 at n = 890 and 0.9999 at n = 89,990.
     `warmup` 1 is a constant decay. Integer entries are copied. Source: Karras et al. 2018 for the
     average; the ramp is that of TensorFlow's ExponentialMovingAverage(num_updates).
+
+    Raises:
+        ValueError: `decay` is not in [0, 1), or `warmup` is below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: int = 10):
@@ -24,6 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Take in the model's weights, after a step."""
         ramp = (1 + self.updates) / (self.warmup + self.updates)
         averages, values = [], []
         for name, value in model.state_dict().items():

@@ -13,6 +13,10 @@ def describe(config: Config) -> str:
     """What `train(config)` would do: the resolved config as TOML, its sizes as comments.
 
     Where the data is not at hand, the config must say the model's shape itself.
+
+    Raises:
+        ValueError, ImportError: it does not, and the data cannot be opened; or the model cannot be
+            built.
     """
     images = None
     try:

@@ -36,22 +36,33 @@ class RunLog:
     """RUN/log.jsonl, RUN/tensorboard, RUN/samples and RUN/scores, continued after `step`.
 
     A line holds the means since the line before it: loss, mse, vb (bits per dimension), grad_norm
-    (before clipping) and loss_q1 ... loss_q4 (by quarter of the timesteps) over the steps that were
-    finite, null without any; lr; images per second of training, over all processes; tflops, the
-    operations of the model per second in 10^12, and mfu, their share of the devices' peak, null
+    (before clipping) and loss_q1 ... loss_q4 (by quarter of the process's time) over the steps that
+    were finite, null without any; lr; images per second of training, over all processes; tflops,
+    the operations of the model per second in 10^12, and mfu, their share of the devices' peak, null
     where that is unknown; memory_gb, the most that the main process has held; data_wait, the share
     of its time spent waiting for data; eta_hours, what is left at this rate; epoch; nonfinite, the
     steps skipped so far; seconds of training so far; extended_from, once, the former last step of
-    a run that was extended. Lines beyond `step`, which a killed process had written, are removed.
+    a run that was extended.
 
-    Only the `main` process writes; the others keep the same sums for the checkpoints.
+    Args:
+        run: the folder.
+        step: the last one that is done; lines beyond it, which a killed process had written, are
+            removed.
+        sums: the running sums of the checkpoint of that step; empty for a new run.
+        throughput: says how hard the machine works.
+        main: whether this process writes; the others keep the same sums for the checkpoints.
     """
 
     def __init__(
-        self, run: Path, step: int, meter: dict[str, float], gauge: "Gauge", main: bool = True
+        self,
+        run: Path,
+        step: int,
+        sums: dict[str, float],
+        throughput: "ThroughputMeter",
+        main: bool = True,
     ):
-        self.run, self.gauge, self.main = run, gauge, main
-        self.meter = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": 0.0} | meter
+        self.run, self.throughput, self.main = run, throughput, main
+        self.sums = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": 0.0} | sums
         self._file = self._board = self._wandb = None
         if main:
             from torch.utils.tensorboard import SummaryWriter
@@ -72,7 +83,11 @@ class RunLog:
             self._wandb.finish()
 
     def mirror(self, project: str, config: dict[str, Any]) -> None:
-        """Send every line and picture to Weights & Biases too, continuing the run's own page."""
+        """Send every line and picture to Weights & Biases too, continuing the run's own page.
+
+        Raises:
+            ImportError: wandb is not installed.
+        """
         wandb = require_wandb()
         identity = self.run / "wandb.id"
         if not identity.exists():
@@ -93,7 +108,7 @@ class RunLog:
             for name, value in metrics.items():
                 counts |= {f"sum/{name}": value, f"count/{name}": 1}
         for name, value in counts.items():
-            self.meter[name] = self.meter.get(name, 0) + value
+            self.sums[name] = self.sums.get(name, 0) + value
 
     def write(
         self,
@@ -104,21 +119,30 @@ class RunLog:
         remaining: int,
         names: Iterable[str],
     ) -> dict[str, Any]:
-        """Write the line of `step`, start new means, and return the line; `remaining` images."""
-        meter = self.meter
+        """Write the line of `step`, start new means, and return the line.
+
+        Args:
+            step: the step that was reached.
+            epoch: how often the data was seen so far.
+            lr: the learning rate of the step.
+            nonfinite: the steps that were skipped so far.
+            remaining: the images that are left to learn from.
+            names: the metrics whose means it holds.
+        """
+        sums = self.sums
         line = {"step": step}
         for name in names:
-            count = meter.get(f"count/{name}")
-            line[name] = meter[f"sum/{name}"] / count if count else None
-        rate = meter["images"] / meter["interval"]
-        line |= {"lr": lr, "images_per_second": round(rate, 2), **self.gauge.read(rate)}
-        line |= {"data_wait": round(meter["waited"] / meter["interval"], 4)}
+            count = sums.get(f"count/{name}")
+            line[name] = sums[f"sum/{name}"] / count if count else None
+        rate = sums["images"] / sums["interval"]
+        line |= {"lr": lr, "images_per_second": round(rate, 2), **self.throughput.read(rate)}
+        line |= {"data_wait": round(sums["waited"] / sums["interval"], 4)}
         line |= {"eta_hours": round(remaining / rate / 3600, 4)}
         line |= {"epoch": round(epoch, 4), "nonfinite": nonfinite}
-        line["seconds"] = round(meter["seconds"], 3)
-        if EXTENDED_FROM in meter:
-            line[EXTENDED_FROM] = meter[EXTENDED_FROM]
-        self.meter = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": meter["seconds"]}
+        line["seconds"] = round(sums["seconds"], 3)
+        if EXTENDED_FROM in sums:
+            line[EXTENDED_FROM] = sums[EXTENDED_FROM]
+        self.sums = {"images": 0, "interval": 0.0, "waited": 0.0, "seconds": sums["seconds"]}
         if self.main:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -164,15 +188,21 @@ class RunLog:
 
 
 @dataclass(frozen=True)
-class Gauge:
-    """How hard the machine works: `flops` of one image's training step, `peak` FLOP/s of all
-    devices together, or None."""
+class ThroughputMeter:
+    """How hard the machine works.
+
+    Attributes:
+        flops: operations of one image's training step.
+        peak: FLOP/s of all devices together at most; None where that is unknown.
+        device: whose memory is measured; of the CPU, the process's.
+    """
 
     flops: int
     peak: float | None
     device: torch.device
 
     def read(self, images_per_second: float) -> dict[str, float | None]:
+        """tflops, mfu and memory_gb of the log at this rate."""
         rate = self.flops * images_per_second
         if self.device.type == "cuda":
             held = torch.cuda.max_memory_allocated(self.device)
@@ -196,6 +226,11 @@ def _resident() -> int | None:
 
 
 def require_wandb() -> ModuleType:
+    """The module.
+
+    Raises:
+        ImportError: it is missing; it says how to install it.
+    """
     try:
         import wandb
     except ImportError as error:

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from dis_ssm.build import build_model
-from dis_ssm.config import Config, SampleConfig
+from dis_ssm.config import Config, DataConfig, SampleConfig, ScoreConfig
 from dis_ssm.data.datasets import ImageDataset
-from dis_ssm.data.latents import LatentDataset
 from dis_ssm.encoders.decoding import NO_VAE, decoder_name, find_decoder
 from dis_ssm.sampling.grids import label_columns
 from dis_ssm.sampling.pipeline import Pipeline
 from dis_ssm.storage.classes import grid_caption
 from dis_ssm.system.distributed import World
 from dis_ssm.training.averages import EMA
-from dis_ssm.training.signals import StopSignal
+from dis_ssm.training.signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
     from dis_ssm.metrics.frechet import Gaussian
@@ -29,14 +28,19 @@ CHUNK = 64  # images an extractor sees at once
 STOP = "stop"  # what ranks call to one another while they draw
 
 
-class Stopped(Exception):
-    """A signal arrived on some rank while all were drawing."""
+class PreviewSampler:
+    """Draws images from an `EMA`; latents are decoded by the VAE of the config or of the cache.
 
+    Args:
+        config: of the run, resolved.
+        dataset: what it learns.
+        world: the processes that draw together.
 
-class Painter:
-    """Draws pixels from an `EMA`; latents are decoded by the VAE of the config or of the cache.
+    Attributes:
+        visible: whether there is a way to show what the model draws.
 
-    `visible` is false when there is no way to show what the model draws.
+    Raises:
+        ValueError: the VAE cannot be loaded, or has other latent channels than the model.
     """
 
     def __init__(self, config: Config, dataset: ImageDataset, world: World):
@@ -46,7 +50,11 @@ class Painter:
         self.visible = self.decoder.visible
 
     def preview(self, ema: EMA, stop: StopSignal) -> tuple[Tensor, int]:
-        """uint8 images for a grid, on every rank, and its columns. Raises Stopped."""
+        """Images for a grid, uint8 (n, C, H, W) on every rank, and the grid's columns.
+
+        Raises:
+            Stopped: on all ranks alike, once `stop` of one of them has received a signal.
+        """
         settings, classes = self.config.sample, range(self.config.model.num_classes)
         columns = label_columns(settings.num, list(classes))[1]
         own = self.draw(ema, settings.num, settings, stop)
@@ -58,7 +66,11 @@ class Painter:
         return grid_caption(*label_columns(self.config.sample.num, classes), self.class_names)
 
     def draw(self, ema: EMA, num: int, settings: SampleConfig, stop: StopSignal) -> Tensor:
-        """This rank's share of images 0 to num - 1, uint8. Raises Stopped on all ranks alike."""
+        """This rank's share of images 0 to num - 1, uint8 (n, C, H, W).
+
+        Raises:
+            Stopped: on all ranks alike, once `stop` of one of them has received a signal.
+        """
         world, model = self.world, self.config.model
         averages = ema.whole()
         labels, _ = label_columns(num, list(range(model.num_classes)))
@@ -70,15 +82,15 @@ class Painter:
             if stop.received:
                 world.call(STOP)
             if stop.received or world.heard(STOP):
-                raise Stopped
+                raise _Interrupted
 
         images = None
         try:
             images = self._draw(averages, drawn, labels, settings, look_up)[: len(share)]
-        except Stopped:
+        except _Interrupted:
             pass
         if not all(world.gather(images is not None)):
-            raise Stopped
+            raise Stopped(stop.of_any(world))
         return images
 
     def _draw(self, averages, indices, labels, settings, callback) -> Tensor:
@@ -91,17 +103,39 @@ class Painter:
         return pipeline.draw(indices, labels, settings, callback=callback)
 
 
-class Scorer:
-    """Fréchet distance between samples and a reference, on the features of [score]'s extractor."""
+class _Interrupted(Exception):
+    """This rank ends its drawing, as some rank has received a signal."""
 
-    def __init__(self, config: Config, dataset: ImageDataset, painter: Painter):
-        self.config, self.painter, self.world = config, painter, painter.world
+
+class Scorer:
+    """Fréchet distance between samples and a reference, on the features of an extractor.
+
+    Args:
+        settings: the extractor, the reference and how many samples.
+        drawing: how the samples are drawn.
+        data: where the images of the reference come from, unless the settings say.
+        dataset: what the run learns, the reference unless the settings say.
+        previews: draws the samples.
+
+    Raises:
+        ValueError: nothing can be seen, or the extractor or the reference cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: ScoreConfig,
+        drawing: SampleConfig,
+        data: DataConfig,
+        dataset: ImageDataset,
+        previews: PreviewSampler,
+    ):
+        self.settings, self.previews, self.world = settings, previews, previews.world
+        self.drawing = dataclasses.replace(drawing, num=settings.num)
         from dis_ssm.metrics.extractors import open_extractor
 
-        settings = config.score
-        if not painter.visible:
+        if not previews.visible:
             raise ValueError("score.every needs images: give data.vae, which decodes the latents")
-        if settings.reference is None and isinstance(dataset, LatentDataset):
+        if settings.reference is None and dataset.latents:
             raise ValueError(
                 "score.every with latents needs score.reference: images, or statistics of them"
             )
@@ -110,7 +144,7 @@ class Scorer:
                 open_extractor(settings.extractor, weights=settings.weights)
         device = self.world.device
         self.extractor = open_extractor(settings.extractor, weights=settings.weights, device=device)
-        self.reference = self._reference(dataset)
+        self.reference = self._reference(dataset, data)
         found = self._features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
         if found != len(self.reference.mean):
             raise ValueError(
@@ -119,12 +153,15 @@ class Scorer:
             )
 
     def score(self, ema: EMA, stop: StopSignal) -> dict[str, float | int | str]:
-        """The distance of `score.num` samples, on every rank. Raises Stopped."""
+        """The distance of `score.num` samples and how it was made, on every rank.
+
+        Raises:
+            Stopped: on all ranks alike, once `stop` of one of them has received a signal.
+        """
         from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
 
-        settings = self.config.score
-        drawing = dataclasses.replace(self.config.sample, num=settings.num)
-        images = self.painter.draw(ema, settings.num, drawing, stop)
+        settings, drawing = self.settings, self.drawing
+        images = self.previews.draw(ema, settings.num, drawing, stop)
         own = [self._features(part) for part in images.split(CHUNK) if len(part)]
         features = torch.cat([part for parts in self.world.gather(own) for part in parts])
         found = FeatureStatistics().update(features)
@@ -141,12 +178,12 @@ class Scorer:
     def _features(self, images: Tensor) -> Tensor:
         return self.extractor(images.expand(-1, 3, -1, -1))["pool"]
 
-    def _reference(self, dataset: ImageDataset) -> "Gaussian":
+    def _reference(self, dataset: ImageDataset, data: DataConfig) -> "Gaussian":
         """Statistics from a file, or of the images named, of which each rank reads its share."""
         from dis_ssm.metrics.evaluator import open_reference
         from dis_ssm.metrics.frechet import FeatureStatistics, Gaussian
 
-        settings, data = self.config.score, self.config.data
+        settings = self.settings
         named = settings.reference or (dataset if settings.split == "train" else data.source)
         try:
             stored, images = open_reference(named, settings.split, data.image_size, data.background)

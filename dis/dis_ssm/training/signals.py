@@ -5,12 +5,25 @@ import signal
 import threading
 from typing import Any
 
+from dis_ssm.system.distributed import World
+
 SIGNALS = tuple(  # of schedulers (Slurm, submitit), terminals that close, and people
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-LOCK, LOG = ".lock", "log.jsonl"
+
+
+class Stopped(Exception):
+    """Training is to end early; raised on all ranks alike.
+
+    Attributes:
+        signal: the number of the signal that one of them has received.
+    """
+
+    def __init__(self, signal: int):
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
 
 
 class StopSignal:
@@ -36,6 +49,10 @@ class StopSignal:
     def __exit__(self, *error) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def of_any(self, world: World) -> int | None:
+        """The number of the signal that any rank has received. Called by all ranks together."""
+        return max(number or 0 for number in world.gather(self.received)) or None
 
     def _receive(self, number: int, frame) -> None:
         self.received = self.received or number

@@ -12,7 +12,7 @@ from pathlib import Path
 from dis_ssm.data.sources import arrays, files, tables
 from dis_ssm.data.sources.base import NO_LABEL, SPLITS, Files, Pixels
 from dis_ssm.data.sources.walk import IMAGE_SUFFIXES
-from dis_ssm.system.nearest import nearest
+from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.system.reading import check_regular
 
 __all__ = ["IMAGE_SUFFIXES", "NO_LABEL", "SOURCES", "SPLITS", "Files", "Pixels"]
@@ -42,7 +42,11 @@ OPENERS: dict[str, Callable[[Path, str], Pixels | Files]] = {
 
 
 def recognise(source: str | Path) -> tuple[str, Path]:
-    """The kind of `source` (a key of `OPENERS`) and its path; ValueError if it is none."""
+    """The kind of `source` (a key of `OPENERS`) and its path.
+
+    Raises:
+        ValueError: it is no name, folder or file of a known kind.
+    """
     if str(source) == "digits":
         return "digits", Path("digits")
     if str(source) == "fashion-mnist":
@@ -62,9 +66,7 @@ def recognise(source: str | Path) -> tuple[str, Path]:
 
 
 def _unknown_source(source: str) -> str:
-    near = nearest(source, SOURCES)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
-        f"unknown data source {source!r}{hint}: give one of {', '.join(SOURCES)} or an existing "
+        f"unknown data source {source!r}: {did_you_mean(source, SOURCES)} Or give an existing "
         f"folder or archive of images"
     )

@@ -23,6 +23,11 @@ PIECE = 2**24
 
 
 def digits(_: Path, split: str) -> Pixels:
+    """scikit-learn's handwritten digits; of each class every third image is held out.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -43,6 +48,11 @@ def digits(_: Path, split: str) -> Pixels:
 
 
 def embedded(name: str) -> Path:
+    """The folder of a data set that comes with the repository, or lies in DIS_SSM_DATA.
+
+    Raises:
+        ValueError: it is in neither.
+    """
     given = os.environ.get("DIS_SSM_DATA")
     repository = Path(__file__).resolve().parents[4] / "experiments" / "data"
     for root in [*([Path(given)] if given else []), repository]:
@@ -56,12 +66,17 @@ def embedded(name: str) -> Path:
 
 
 def idx_path(folder: Path, split: str, kind: str) -> Path | None:
+    """The idx file of a split, `kind` "images" or "labels", compressed or not; None without."""
     stem = f"{IDX_PREFIX[split]}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
     return next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
 
 
 def idx_folder(folder: Path, split: str) -> Pixels:
-    """MNIST's idx files; class names from classes.txt, one a line, or the label's digits."""
+    """MNIST's idx files; class names from classes.txt, one a line, or the label's digits.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
     arrays = {}
     for kind in ("images", "labels"):
         path = idx_path(folder, split, kind)
@@ -118,7 +133,10 @@ def cifar_home(folder: Path) -> Path | None:
 def cifar(path: Path, split: str) -> Pixels:
     """Both of CIFAR-10's own formats, unpacked or not; heldout is its test batch.
 
-    Binary: records of a label and 3 x 32 x 32 bytes. Python: pickled ``data`` and ``labels``.
+    Binary: records of a label and 3 x 32 x 32 bytes. Python: pickled `data` and `labels`.
+
+    Raises:
+        ValueError: a file is missing, damaged, or not CIFAR-10's.
     """
     home = path if path.is_file() else cifar_home(path)
     stems = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]

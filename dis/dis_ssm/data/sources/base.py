@@ -47,7 +47,12 @@ class Files:
         return np.unique(self.labels if self.counted is None else self.counted)
 
     def read(self, index: int) -> bytes:
-        """The encoded image. OSError or ValueError when it cannot be had."""
+        """The encoded image.
+
+        Raises:
+            OSError: its file is gone or may not be read.
+            ValueError: it is damaged.
+        """
         raise NotImplementedError
 
     def title(self, index: int) -> str:
@@ -61,6 +66,9 @@ def number_classes(files: Files, relabel: bool = False) -> tuple[np.ndarray, tup
     Without `relabel` labels stay, and without names K is 1 + the largest; there may be holes, but
     not more than `MAX_HOLES` or half of K. With it the labels that occur, in any split, are mapped
     to 0 .. K - 1 in their order, and a class without a name is named by the number it had.
+
+    Raises:
+        ValueError: a label is not one of the classes, or there are too many holes.
     """
     names = files.class_names
     if names == () or (names is not None and not relabel):

@@ -16,6 +16,11 @@ class UnreadableImage(ValueError):
 
 
 def check_background(background: str) -> None:
+    """Check that `background` is a key of `BACKGROUNDS`.
+
+    Raises:
+        ValueError: it is not.
+    """
     if background not in BACKGROUNDS:
         raise ValueError(f"background {background!r}: choose one of {', '.join(BACKGROUNDS)}")
 
@@ -27,8 +32,10 @@ def decode(raw: bytes, background: str = "white") -> tuple[Image.Image, bool]:
     composed: alpha * image + (1 - alpha) * background. "drop" leaves out alpha instead, as ADM. The
     file is tried as the `FORMATS` and nothing else.
 
-    Raises UnreadableImage, before any pixel is decoded where there are more than `MAX_PIXELS` or
-    the file has more than `MAX_FILE_BYTES`; MemoryError.
+    Raises:
+        UnreadableImage: it is none, or damaged; before any pixel is decoded where there are more
+            than `MAX_PIXELS` or the file has more than `MAX_FILE_BYTES`.
+        MemoryError: there is not enough memory for it.
     """
     try:
         check_size(len(raw))
@@ -46,6 +53,11 @@ def decode(raw: bytes, background: str = "white") -> tuple[Image.Image, bool]:
 
 
 def check_pixels(width: int, height: int, what: str = "") -> None:
+    """Check that an image has a pixel and not more than `MAX_PIXELS`; `what` ends the message.
+
+    Raises:
+        UnreadableImage: it does not.
+    """
     if width * height > MAX_PIXELS or min(width, height) < 1:
         raise UnreadableImage(f"{width} x {height} pixels{what}: 1 to {MAX_PIXELS:,} can be read")
 

@@ -28,16 +28,30 @@ LARGEST = 2**63 - 1  # of an int64; a zip file may state more
 
 
 def folder(path: Path, split: str) -> Files:
+    """The images of a split in a folder, labelled by class folder or by the table beside them.
+
+    Raises:
+        ValueError: there are none, or it is not clear how they are labelled.
+    """
     return _arrange(walk_folder(path), split)
 
 
 def zip_file(path: Path, split: str) -> Files:
+    """The same of a zip file.
+
+    Raises:
+        ValueError: as `folder`, or the file is damaged.
+    """
     return _arrange(walk_zip(path), split)
 
 
 def image_files(path: Path, split: str) -> Files | None:
     """All images of a folder or a zip file, in the order of their names and without labels; of one
-    with folders of all splits, those of `split`. None where there are no images."""
+    with folders of all splits, those of `split`. None where there are no images.
+
+    Raises:
+        ValueError: there are no splits and `split` is not the first.
+    """
     found = walk_folder(path) if path.is_dir() else walk_zip(path)
     both = all(found.below(name) for name in SPLITS)
     names = found.below(split) if both else found.images
@@ -137,16 +151,18 @@ def _read_table(found: Listing, base: str) -> dict[str, int] | None:
 
 
 class FolderFiles(Files):
-    """Files below `root`; `names` are relative, with slashes."""
+    """Files below `root`; `names` are relative, with slashes. Methods as of `Files`."""
 
     def __init__(self, root: Path, names: list[str], labels, class_names, crop: str = "center"):
         super().__init__(str(root), labels, class_names, crop)
         self.root, self.names = root, names
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         return read_bytes(self.root / self.names[index])
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         return str(self.root / self.names[index])
 
 
@@ -154,7 +170,10 @@ class ZipFiles(Files):
     """Members of a zip file, stored or deflated, read through one handle per thread.
 
     The directory is kept as 40 bytes an image, not as zipfile's objects per handle, which take
-    gigabytes for ImageNet.
+    gigabytes for ImageNet. Methods as of `Files`.
+
+    Raises:
+        ValueError: a member is encrypted or compressed by another method.
     """
 
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -176,6 +195,7 @@ class ZipFiles(Files):
         self.places = np.array([tuple(numbers) for numbers in stated], np.int64)
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         offset, packed, size, method, crc = self.places[index].tolist()
         check_size(max(packed, size))
         file = self._file()
@@ -195,16 +215,22 @@ class ZipFiles(Files):
         return self.handles.value
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         return f"{self.path}: {self.names[index]}"
 
 
 def celeba_images(folder: Path) -> Path | None:
+    """The folder of CelebA's aligned images, at or below `folder`; None without."""
     places = (folder / "img_align_celeba", folder / "Img" / "img_align_celeba")
     return next((place for place in places if place.is_dir()), None)
 
 
 def celeba(folder: Path, split: str) -> Files:
-    """The aligned images of partition 0 (train) or 1 (heldout), without labels."""
+    """CelebA's aligned images of partition 0 (train) or 1 (heldout), without labels.
+
+    Raises:
+        ValueError: the list of partitions or an image that it names is missing.
+    """
     images = celeba_images(folder)
     lists = [folder / sub / "list_eval_partition.txt" for sub in ("", "Eval", "Anno")]
     partition = next((path for path in lists if path.is_file()), None)

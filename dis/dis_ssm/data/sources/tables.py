@@ -151,13 +151,20 @@ def _image_bytes(scalar) -> bytes:
 
 
 def parquet_paths(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, in its `data` and in its folders of splits, sorted."""
     places = (folder, folder / "data", *(folder / s for names in HF_SPLITS.values() for s in names))
     found = {path for place in places for path in place.glob("*.parquet")}
     return sorted(path for path in found if path.is_file() and not is_hidden(path.name))
 
 
 def parquet(path: Path, split: str) -> Files:
-    """Parquet shards, read in place; one file, or a folder without split names, is "train"."""
+    """Parquet shards, read in place; one file, or a folder without split names, is "train".
+
+    Raises:
+        ValueError: there is no such split, a shard is missing or damaged, or the columns are no
+            images with labels.
+        ImportError: pyarrow is not installed.
+    """
     _need("pyarrow")
     shards = paths = [path] if path.is_file() else parquet_paths(path)
     named = defaultdict(list)
@@ -200,7 +207,10 @@ class ParquetFiles(Files):
     """Rows of Parquet files, read by row group, of which each thread keeps the last one.
 
     Quick in the order of the rows; out of order each image costs its row group, in which
-    `datasets` puts about a hundred.
+    `datasets` puts about a hundred. Methods as of `Files`.
+
+    Raises:
+        ValueError: the shards differ, hold no images, or have no usable columns.
     """
 
     def __init__(self, path: Path, shards: list[Path], all_shards: list[Path]):
@@ -223,7 +233,7 @@ class ParquetFiles(Files):
             raise ValueError(f"{path} holds no images")
 
     def used_labels(self) -> np.ndarray:
-        """A class that only the other split has counts as well."""
+        """The distinct labels, sorted; a class that only the other split has counts as well."""
         found = []
         for shard in self.all_shards:
             with _open_parquet(shard) as file:
@@ -231,6 +241,7 @@ class ParquetFiles(Files):
         return np.unique(np.concatenate(found))
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         k = int(np.searchsorted(self.starts, index, side="right")) - 1
         with _row_errors():
             if self.held.key != k:
@@ -241,6 +252,7 @@ class ParquetFiles(Files):
             return _image_bytes(self.held.value[index - int(self.starts[k])])
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         k = int(np.searchsorted(self.starts, index, side="right")) - 1
         shard = self.groups[k, 0]
         first = self.starts[np.flatnonzero(self.groups[:, 0] == shard)[0]]
@@ -262,7 +274,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def arrow(path: Path, split: str) -> Files:
-    """What `save_to_disk` wrote, memory-mapped; one data set without splits is all "train"."""
+    """What `save_to_disk` wrote, memory-mapped; one data set without splits is all "train".
+
+    Raises:
+        ValueError: there is no such split, the folder is damaged, or the columns are no images with
+            labels.
+        ImportError: datasets is not installed.
+    """
     datasets = _need("datasets")
     for file in path.glob("**/*.arrow"):
         check_regular(file)
@@ -279,7 +297,13 @@ def arrow(path: Path, split: str) -> Files:
 
 
 class ArrowFiles(Files):
-    """Rows of a memory-mapped `datasets.Dataset`, encoded as they are stored."""
+    """Rows of a memory-mapped `datasets.Dataset`, encoded as they are stored.
+
+    Methods as of `Files`.
+
+    Raises:
+        ValueError: the data set holds no images, or has no usable columns.
+    """
 
     def __init__(self, path: Path, dataset, all_splits: list):
         self.image, self.label, names = _columns(dataset.features.arrow_schema, path)
@@ -290,6 +314,7 @@ class ArrowFiles(Files):
         self.rows = dataset.select_columns([self.image]).with_format("arrow")
 
     def used_labels(self) -> np.ndarray:
+        """The distinct labels, sorted; a class that only another split has counts as well."""
         return np.unique(np.concatenate([self._labels(dataset) for dataset in self.all_splits]))
 
     def _labels(self, dataset) -> np.ndarray:
@@ -301,8 +326,10 @@ class ArrowFiles(Files):
         return _label_values(table.column(0), self.name)
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
         with _row_errors():
             return _image_bytes(self.rows[index].column(0)[0])
 
     def title(self, index: int) -> str:
+        """What a message calls an image."""
         return f"{self.name}, row {index}"

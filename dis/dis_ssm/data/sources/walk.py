@@ -41,6 +41,7 @@ class Listing:
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def subfolders(self, name: str) -> list[str]:
+        """The names of the folders directly in the folder `name`, sorted."""
         return sorted(self.folders.get(name, ()))
 
     def below(self, name: str) -> list[str]:
@@ -57,11 +58,13 @@ class Listing:
         return f"{self.root}: left out {', '.join(groups)}" if groups else ""
 
     def sort(self) -> None:
+        """Put all names into the order of their parts."""
         self.images.sort(key=parts)
         self.left_out = {what: sorted(names, key=parts) for what, names in self.left_out.items()}
 
 
 def parts(name: str) -> list[str]:
+    """What the slashes of a name separate."""
     return name.split("/")
 
 
@@ -71,15 +74,21 @@ def normal_name(name: str) -> str:
 
 
 def is_hidden(part: str) -> bool:
+    """Whether a part of a name is that of a hidden or a system's file."""
     return part in SYSTEM or (part.startswith(".") and part != "..")
 
 
 def is_image(name: str) -> bool:
+    """Whether a name ends as an image's."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def walk_folder(root: Path) -> Listing:
-    """FileError for a folder that cannot be listed and for a broken link."""
+    """What lies below a folder, links followed.
+
+    Raises:
+        FileError: a folder cannot be listed, or a link is broken.
+    """
     found = Listing(root)
     waiting: list[tuple[str, tuple]] = [("", ())]
     while waiting:
@@ -107,7 +116,7 @@ def _add_entry(found: Listing, name: str, entry: os.DirEntry) -> bool:
     if is_hidden(entry.name):
         found.left_out[HIDDEN].append(name)
     elif entry.is_symlink() and not os.path.exists(entry):
-        raise FileError(f"{entry.path} is a link to nothing: mend or remove it")
+        raise FileError(f"{entry.path} is a link to nothing: repair or remove it")
     elif entry.is_dir():
         return True
     elif entry.name == LABEL_TABLE:
