@@ -287,7 +287,7 @@ extern "C" __global__ void scan_combine(const __grid_constant__ Scan s) {
 // Whether the states of a step are one stretch of instructions, in which exponentials hide behind sums, or parted by
 // branches. One stretch takes all registers; only these programs have enough. There are STATES states in them (ALIGNED).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr bool ONE_STRETCH = ALIGNED && FULL && GATED && SKIPS && WARPS == 4 && STATES == 16 && IO != 1;
+constexpr bool ONE_STRETCH = ALIGNED && FULL && GATED && SKIPS && WARPS == 4 && STATES == 16 && IO == 2;
 #else
 constexpr bool ONE_STRETCH = false;
 #endif
@@ -656,6 +656,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
           for (int i = 0; i < 4; ++i) s12[e][i] += part[i];
         }
       }
+      float step_dD[2] = {};
 #pragma unroll
       for (int k = 0; k < STEP / 2; ++k) {
         int i = step * STEP + 2 * k + half;
@@ -670,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
           float s1 = s12[e][2 * k], s2 = s12[e][2 * k + 1];  // zeros of an absent token
           ddt[e] = fmaf(x[e], s1, s2 * LN2) * slope_now[e];
           dx[e] = fmaf(own_delta[e], s1, SKIPS ? skip[e] * dy_now[e] : 0.0f);
-          dD[e] = fmaf(dy_now[e], x[e], dD[e]);
+          step_dD[e] = fmaf(dy_now[e], x[e], step_dD[e]);
           dbias[e] += ddt[e];
         }
         if (first + 2 * k < length) {
@@ -678,6 +679,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_backward(const __g
           write_pair((io*)(dx_at + at), dx, live), write_pair((io*)(ddt_at + at), ddt, live);
         }
       }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) dD[e] += step_dD[e];
       // The state before the chunk's last step is spent, or there is none.
       if (step == last && chunk > 0) prepare_state(chunk - 1, ring + next * STATE_FLOATS);
     }
