@@ -321,3 +321,18 @@ def test_unknown_flags_are_told_the_near_ones(arguments, meant, capsys):
         main(arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and f"did you mean {meant}?" in error.replace("'", "")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["encode", "--verify", "x"], "--verify: that is a command of its own, dis-ssm check"),
+        (["evaluate", "--run", "x"], "--run: that is a command of its own, dis-ssm score"),
+        (["evaluate", "x", "--keep"], "--keep: that is a flag of dis-ssm score"),
+        (["check", "x", "--vae", "y"], "--vae: that is a flag of dis-ssm sample, evaluate, encode"),
+    ],
+)
+def test_flags_of_other_commands_are_said_to_be_theirs(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err

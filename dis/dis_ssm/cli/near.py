@@ -28,6 +28,7 @@ SYNONYMS = {  # what other programs call it: what it is called here
     "amp": "precision",
     "resume": "out",
 }
+COMMANDS = {"verify": "check", "run": "score"}  # flags that stand for a command of its own
 
 
 def explain_flags(arguments: list[str], name: str, commands: dict[str, Command]) -> list[str]:
@@ -41,12 +42,13 @@ def explain_flags(arguments: list[str], name: str, commands: dict[str, Command])
         flag = given.replace("_", "-")
         if not flag.startswith("--") or flag == "--" or flag in known:
             continue
-        if flag[2:] in commands:
-            lines.append(f"{given}: that is a command of its own, dis-ssm {flag[2:]}")
+        command = COMMANDS.get(flag[2:], flag[2:])
+        if command in commands and command != name:
+            lines.append(f"{given}: that is a command of its own, dis-ssm {command}")
         elif near := _near(flag[2:], known):
             lines.append(f"{given}: {did_you_mean(given, known, near=near)}")
         elif owners := [n for n, c in commands.items() if n != name and flag in flags_of(c)]:
-            lines.append(f"{given}: that is a flag of dis-ssm {' and '.join(owners)}")
+            lines.append(f"{given}: that is a flag of dis-ssm {', '.join(owners)}")
         elif near := _alike(flag[2:], known):
             lines.append(f"{given}: {did_you_mean(given, known, near=near)}")
     return lines

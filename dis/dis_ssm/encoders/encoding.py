@@ -327,7 +327,7 @@ def _refuse_strangers(folder: Path, manifest: dict[str, Any], damage: CacheError
         if owner != _digest(manifest):
             raise ValueError(
                 f"{damage}, and {path.name} was encoded with other settings than those given now: "
-                f"give the same again, or another folder"
+                f"give the settings of the first time, or another folder"
             ) from damage
 
 
