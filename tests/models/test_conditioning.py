@@ -1,4 +1,4 @@
-"""What DiS is told: a tensor, or a condition of one part; sampler names and where they are known."""
+"""What DiS is told: a tensor, or a condition of one part; and names of samplers."""
 
 import typing
 
