@@ -22,6 +22,7 @@ from dis_ssm.system.nearest import did_you_mean
 from dis_ssm.system.reading import parsing, read_json, read_text
 
 Schedule = Literal["linear", "cosine"]
+Sampler = Literal["ddpm", "ddim"]  # by name; `dis_ssm.sampling.SAMPLERS` holds the functions
 Prediction = Literal["epsilon", "x0", "v", "score"]
 RUN_CONFIG = "config.json"  # what a run saves
 CONVERTED = "unknown"  # data.source of a converted run
@@ -151,7 +152,7 @@ class TrainConfig:
     warmup_steps: int = 0  # linear rise that multiplies the schedule
     min_lr: float = 1e-6  # where the cosine ends
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0  # on matrices only, see optimizer.parameter_groups
+    weight_decay: float = 0.0  # on the weights of linear layers and convolutions only
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema_decay: float = 0.9999
     ema_warmup: int = 10  # decay of update n is min(ema_decay, (1 + n) / (ema_warmup + n)); 1: off
@@ -189,7 +190,7 @@ class SampleConfig:
 
     every: int = 5000  # training steps between previews; 0: none
     num: int = 40  # images in a preview
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: Sampler = "ddim"
     steps: int = 50
     eta: float = 0.0
     cfg_scale: float = 1.0  # 1: no guidance

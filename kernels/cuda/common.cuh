@@ -5,8 +5,6 @@
 
 #include "primitives.cuh"
 
-typedef long long int64;
-
 #if IO == 0
 typedef float io;
 __device__ __forceinline__ float to_float(io v) { return v; }

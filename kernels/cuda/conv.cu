@@ -3,7 +3,7 @@
 //   pre_t = bias + sum_k weight[k] x_{t - (K-1) + k}       y_t = silu(pre_t) or pre_t
 //
 // A direction looks at the past, or with x_{t + (K-1) - k} at the future; a call has at most one of each. Tokens
-// outside [0, L) are zero. A thread has C neighbouring channels and SEGMENT tokens, and slides a window of registers
+// outside [0, L) are zero. A thread has C neighbouring channels and a segment of tokens, and slides a window of registers
 // over them; the loads of a group of tokens are under way before the first is used.
 // K, EACH (C: 1 or 2), PAST, FUTURE, SILU and IO are set on the command line.
 #include "common.cuh"
@@ -16,22 +16,22 @@ struct Side {
 };
 
 struct Conv {
-  int64 batch, length, channels;
+  int64 batch, length, channels, segment;  // segment: tokens of a thread
   Side past, future;
   Rows x;
   io* dx;  // (batch, L, D)
 };
 
-constexpr int C = EACH, SEGMENT = 64, GROUP = 8;
+constexpr int C = EACH, GROUP = 8;
 constexpr int REACH = K - 1, WINDOW = 2 * REACH + 1;
 
 struct Place {  // of a thread: blockIdx.x = batch * segments + segment, blockIdx.y the channels
   int64 b;
   int c, begin, end, segment;
   __device__ __forceinline__ explicit Place(const Conv& s) {
-    int segments = (s.length + SEGMENT - 1) / SEGMENT;
+    int size = s.segment, segments = (s.length + size - 1) / size;
     b = blockIdx.x / segments, segment = blockIdx.x;
-    begin = (int)(blockIdx.x % segments) * SEGMENT, end = min(begin + SEGMENT, (int)s.length);
+    begin = (int)(blockIdx.x % segments) * size, end = min(begin + size, (int)s.length);
     c = C * (blockIdx.y * blockDim.x + threadIdx.x);
   }
 };
@@ -63,10 +63,11 @@ __device__ __forceinline__ void slide(float (&window)[SIZE][C], const float (&ne
   }
 }
 
+template <bool INNER>
 __device__ __forceinline__ void slide_in(float (&window)[WINDOW][C], const Conv& s, const Raw<C>& raw, int t) {
   float x[C];
 #pragma unroll
-  for (int j = 0; j < C; ++j) x[j] = t >= 0 && t < s.length ? raw[j] : 0.0f;
+  for (int j = 0; j < C; ++j) x[j] = INNER || (t >= 0 && t < s.length) ? raw[j] : 0.0f;
   slide(window, x);
 }
 
@@ -90,6 +91,18 @@ __device__ __forceinline__ void emit(io* y, const Taps& taps, const float (&wind
   store(y, out);
 }
 
+template <bool INNER>  // all tokens are the segment's own, and those that they reach exist
+__device__ __forceinline__ void emit_group(const Conv& s, const Place& at, const Taps& past, const Taps& future,
+                                           float (&window)[WINDOW][C], const Raw<C> (&raw)[GROUP], int first,
+                                           io*& past_at, io*& future_at) {
+#pragma unroll
+  for (int k = 0; k < GROUP; ++k, past_at += s.channels, future_at += s.channels) {
+    slide_in<INNER>(window, s, raw[k], first + k + REACH);
+    if (PAST && (INNER || first + k < at.end)) emit<true>(past_at, past, window);
+    if (FUTURE && (INNER || first + k < at.end)) emit<false>(future_at, future, window);
+  }
+}
+
 extern "C" __global__ void conv_forward(const __grid_constant__ Conv s) {
   Place at(s);
   if (at.c >= s.channels) return;
@@ -100,31 +113,28 @@ extern "C" __global__ void conv_forward(const __grid_constant__ Conv s) {
 #pragma unroll
     for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - REACH - 1 + i);
 #pragma unroll
-    for (int i = 1; i < WINDOW; ++i) slide_in(window, s, raw[i], at.begin - REACH - 1 + i);
+    for (int i = 1; i < WINDOW; ++i) slide_in<false>(window, s, raw[i], at.begin - REACH - 1 + i);
   }
+  int64 out = (at.b * s.length + at.begin) * s.channels + at.c;
+  io *past_at = s.past.y + out, *future_at = s.future.y + out;
   for (int first = at.begin; first < at.end; first += GROUP) {
     Raw<C> raw[GROUP];
 #pragma unroll
     for (int k = 0; k < GROUP; ++k) load(raw[k], s, s.x, at, first + k + REACH);
-#pragma unroll
-    for (int k = 0; k < GROUP; ++k) {
-      int t = first + k;
-      slide_in(window, s, raw[k], t + REACH);
-      int64 out = (at.b * s.length + t) * s.channels + at.c;
-      if (PAST && t < at.end) emit<true>(s.past.y + out, past, window);
-      if (FUTURE && t < at.end) emit<false>(s.future.y + out, future, window);
-    }
+    if (first + GROUP <= at.end && first + GROUP + REACH <= s.length)
+      emit_group<true>(s, at, past, future, window, raw, first, past_at, future_at);
+    else emit_group<false>(s, at, past, future, window, raw, first, past_at, future_at);
   }
 }
 
 // g_t = dy_t silu'(pre_t):   dx_t = sum_k w[k] g_{t + (K-1) - k} (past) + sum_k w[k] g_{t - (K-1) + k} (future),
 // dweight[k] = sum_t g_t x_{t - (K-1) + k} (past; future alike), dbias = sum_t g_t. Where the reach of a filter leaves
 // the segment, g is computed again.
-template <bool past>
+template <bool past, bool INNER>
 __device__ __forceinline__ void adjoint(const Conv& s, const Place& at, const Taps& taps, const Raw<C>& dy,
                                         const float (&window)[WINDOW][C], int t, float (&g)[C], float (&dweight)[K][C],
                                         float (&dbias)[C]) {
-  bool there = t >= 0 && t < s.length, own = t >= at.begin && t < at.end;
+  bool there = INNER || (t >= 0 && t < s.length), own = INNER || (t >= at.begin && t < at.end);
 #pragma unroll
   for (int j = 0; j < C; ++j) {
     g[j] = dy[j];
@@ -151,36 +161,35 @@ __device__ __forceinline__ void write_sums(const Conv& s, const Side& side, cons
   }
 }
 
-extern "C" __global__ void conv_backward(const __grid_constant__ Conv s) {
-  Place at(s);
-  if (at.c >= s.channels) return;
-  Taps past(PAST ? s.past : s.future, at.c), future(FUTURE ? s.future : s.past, at.c);
-  float window[WINDOW][C] = {}, g_past[K][C] = {}, g_future[WINDOW][C] = {};
-  float dw_past[K][C] = {}, dw_future[K][C] = {}, db_past[C] = {}, db_future[C] = {};
-  {
-    Raw<C> raw[WINDOW];
+struct Group {  // what GROUP tokens of the backward pass read: x from REACH tokens later on
+  Raw<C> x[GROUP], past[GROUP], future[GROUP];
+};
+
+__device__ __forceinline__ void load(Group& raw, const Conv& s, const Place& at, int first) {
 #pragma unroll
-    for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - 2 * REACH - 1 + i);
-#pragma unroll
-    for (int i = 1; i < WINDOW; ++i) slide_in(window, s, raw[i], at.begin - 2 * REACH - 1 + i);
+  for (int k = 0; k < GROUP; ++k) {
+    load(raw.x[k], s, s.x, at, first + k + REACH);
+    if (PAST) load(raw.past[k], s, s.past.dy, at, first + k);
+    if (FUTURE) load(raw.future[k], s, s.future.dy, at, first + k);
   }
-#pragma unroll 1
-  for (int first = at.begin - REACH; first < at.end + REACH; first += GROUP) {
-    Raw<C> raw[GROUP], raw_past[GROUP], raw_future[GROUP];
+}
+
+struct Adjoint {
+  float window[WINDOW][C], g_past[K][C], g_future[WINDOW][C];
+  float dw_past[K][C], dw_future[K][C], db_past[C], db_future[C];
+
+  template <bool INNER>  // all tokens are the segment's own, and those that they reach exist
+  __device__ __forceinline__ void advance(const Conv& s, const Place& at, const Taps& past, const Taps& future,
+                                          const Group& raw, int first) {
+    io* dx_at = s.dx + (at.b * s.length + first - REACH) * s.channels + at.c;
 #pragma unroll
-    for (int k = 0; k < GROUP; ++k) {
-      load(raw[k], s, s.x, at, first + k + REACH);
-      if (PAST) load(raw_past[k], s, s.past.dy, at, first + k);
-      if (FUTURE) load(raw_future[k], s, s.future.dy, at, first + k);
-    }
-#pragma unroll
-    for (int k = 0; k < GROUP; ++k) {
+    for (int k = 0; k < GROUP; ++k, dx_at += s.channels) {
       int t = first + k;
-      slide_in(window, s, raw[k], t + REACH);
+      slide_in<INNER>(window, s, raw.x[k], t + REACH);
       float g[C] = {};
-      if (PAST) adjoint<true>(s, at, past, raw_past[k], window, t, g, dw_past, db_past);
+      if (PAST) adjoint<true, INNER>(s, at, past, raw.past[k], window, t, g, dw_past, db_past);
       slide(g_past, g);
-      if (FUTURE) adjoint<false>(s, at, future, raw_future[k], window, t, g, dw_future, db_future);
+      if (FUTURE) adjoint<false, INNER>(s, at, future, raw.future[k], window, t, g, dw_future, db_future);
       slide(g_future, g);
       int to = t - REACH;  // g_past holds to ... t, g_future to - (K-1) ... t
       float dx[C] = {};
@@ -191,9 +200,32 @@ extern "C" __global__ void conv_backward(const __grid_constant__ Conv s) {
           if (PAST) dx[j] = fmaf(past.weight[i][j], g_past[REACH - i][j], dx[j]);
           if (FUTURE) dx[j] = fmaf(future.weight[i][j], g_future[i][j], dx[j]);
         }
-      if (to >= at.begin && to < at.end) store(s.dx + (at.b * s.length + to) * s.channels + at.c, dx);
+      if (INNER || (to >= at.begin && to < at.end)) store(dx_at, dx);
     }
   }
-  if (PAST) write_sums(s, s.past, at, dw_past, db_past);
-  if (FUTURE) write_sums(s, s.future, at, dw_future, db_future);
+
+};
+
+extern "C" __global__ void __launch_bounds__(128) conv_backward(const __grid_constant__ Conv s) {
+  Place at(s);
+  if (at.c >= s.channels) return;
+  Taps past(PAST ? s.past : s.future, at.c), future(FUTURE ? s.future : s.past, at.c);
+  Adjoint a = {};
+  {
+    Raw<C> raw[WINDOW];
+#pragma unroll
+    for (int i = 1; i < WINDOW; ++i) load(raw[i], s, s.x, at, at.begin - 2 * REACH - 1 + i);
+#pragma unroll
+    for (int i = 1; i < WINDOW; ++i) slide_in<false>(a.window, s, raw[i], at.begin - 2 * REACH - 1 + i);
+  }
+  int first = at.begin - REACH, end = at.end + REACH;
+#pragma unroll 1
+  for (; first < end; first += GROUP) {
+    Group raw;
+    load(raw, s, at, first);
+    if (first >= at.begin + REACH && first + GROUP + REACH <= at.end) a.advance<true>(s, at, past, future, raw, first);
+    else a.advance<false>(s, at, past, future, raw, first);
+  }
+  if (PAST) write_sums(s, s.past, at, a.dw_past, a.db_past);
+  if (FUTURE) write_sums(s, s.future, at, a.dw_future, a.db_future);
 }

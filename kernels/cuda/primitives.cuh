@@ -4,6 +4,8 @@
 
 extern __shared__ float4 dynamic_shared[];
 
+typedef long long int64;
+
 // 2^x within 2 ulp; 0 and denormals of the result become 0, inf and NaN pass.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -30,6 +32,10 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
 }
+
+// The compiler takes v for unknown: it keeps the value in a register instead of computing it again and again.
+__device__ __forceinline__ void keep(int64& v) { asm("" : "+l"(v)); }
+__device__ __forceinline__ void keep(int& v) { asm("" : "+r"(v)); }
 
 // Copies 16 aligned bytes from global to shared memory in the background; copies_done waits for this thread's.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {

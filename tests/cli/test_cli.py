@@ -383,7 +383,7 @@ def test_images_are_scored_against_a_reference(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["scores"]["fd_pixels"]["value"] < 1e-9
     capsys.readouterr()
     assert main(["evaluate", a]) == 2
-    assert "give a REFERENCE to compare" in capsys.readouterr().err
+    assert "is not a run: give a REFERENCE too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

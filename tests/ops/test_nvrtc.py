@@ -27,7 +27,9 @@ CASES = [
     *(["scan", arch, scan_macros(BF16)] for arch in ARCHITECTURES),
     *(["conv", arch, conv_macros(BF16)] for arch in ARCHITECTURES),
     *(["scan", "sm_90", scan_macros(io)] for io in IO_TYPES.values() if io != BF16),
-    *(["scan", "sm_90", scan_macros(BF16, **{name: 0})] for name in ("KEEPS", "FULL", "ALIGNED")),
+    *(["scan", "sm_90", scan_macros(BF16, **{name: 0})] for name in ("KEEPS", "FULL", "GATED")),
+    ["scan", "sm_90", scan_macros(BF16, ALIGNED=0, FULL=0)],
+    *(["scan", "sm_90", scan_macros(BF16, warps=warps)] for warps in (1, 2)),
     ["conv", "sm_90", conv_macros(BF16, EACH=1, FUTURE=0, SILU=0)],
 ]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dis_ssm.cli.messages import check_report_name, write_report
+from dis_ssm.config import Sampler
 from dis_ssm.storage.checkpoint import locate
 from dis_ssm.storage.run import is_run
 from dis_ssm.system.distributed import join_world
@@ -30,7 +31,7 @@ class Drawing:
     num: int | None = None
     cfg_scale: float | None = None
     steps: int | None = None
-    sampler: Literal["ddpm", "ddim"] | None = None
+    sampler: Sampler | None = None
     seed: int | None = None
     vae: str | None = None
 
@@ -68,10 +69,13 @@ def evaluate(
         extractor: the features; inception, which is FID's, unless given.
         weights: a file of the extractor's weights; inception downloads its own without one.
         resize: side in pixels that lite0 and dinov2 resize images to, instead of 224.
-        batch_size: images that are drawn, or passed to the extractor, together.
-        image_size: crop and scale a reference that is a data set to this.
-        split: which part of a reference that is a data set; train unless given.
-        background: what image files with alpha are composed on, else white; drop ignores it.
+        batch_size: images that are drawn, or passed to the extractor, together; 64 unless given, of a run as its
+            config says.
+        image_size: crop and scale a reference that is a data set to this; unset, of a run as its
+            config says.
+        split: of a reference that is a data set; train unless given, heldout of a run's own data.
+        background: what image files with alpha are composed on, or drop to ignore alpha; white
+            unless given, of a run as its config says.
         save_reference: write the reference's statistics to this .npz for the next time.
         out: the report (.json); by default beside the samples, or in RUN/scores.
     """
@@ -84,10 +88,14 @@ def evaluate(
     if not a_run and drawn:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
         raise ValueError(f"{samples} is not a run, so no images are drawn: leave out {flags}")
-    if reference is None and not (a_run and extractor):
+    if not samples.exists():
+        raise ValueError(f"{samples} does not exist")
+    if reference is None and not a_run:
+        raise ValueError(f"{samples} is not a run: give a REFERENCE too, to compare images with")
+    if reference is None and not extractor:
         raise ValueError(
-            f"give a REFERENCE to compare {samples} with"
-            + (f"; for class accuracy and bits per dimension run dis-ssm score {samples}" * a_run)
+            f"give a REFERENCE, or an --extractor to compare {samples} with the held-out images of "
+            f"its data; class accuracy and bits per dimension: dis-ssm score {samples}"
         )
     if reference and reference.endswith(".npz") and (split or image_size is not None):
         raise ValueError(f"{reference} is used as it is: leave out --split and --image-size")

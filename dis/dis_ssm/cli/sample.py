@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from dis_ssm.cli.messages import print_warning
-from dis_ssm.config import MOST_IMAGES, sample_settings
+from dis_ssm.config import MOST_IMAGES, Sampler, sample_settings
 from dis_ssm.storage.classes import class_labels, class_names
 from dis_ssm.system.distributed import join_world
 from dis_ssm.system.files import check_writable
@@ -27,7 +27,7 @@ def sample(
     cfg_channels: int | None = None,
     cfg_interval: tuple[float, float] | None = None,
     steps: int | None = None,
-    sampler: Literal["ddpm", "ddim"] | None = None,
+    sampler: Sampler | None = None,
     eta: float | None = None,
     seed: int | None = None,
     batch_size: int | None = None,

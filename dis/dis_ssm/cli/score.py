@@ -1,11 +1,12 @@
 """dis-ssm score"""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from dis_ssm.cli.messages import check_report_name, write_report
+from dis_ssm.config import Sampler
 from dis_ssm.storage.checkpoint import locate
 from dis_ssm.system.distributed import join_world
 from dis_ssm.system.files import check_writable
@@ -17,7 +18,7 @@ def score(
     num: int = 600,
     cfg_scale: float | None = None,
     steps: int | None = None,
-    sampler: Literal["ddpm", "ddim"] | None = None,
+    sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     bound_images: int = 256,

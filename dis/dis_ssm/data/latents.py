@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.sources.base import NO_LABEL
 from dis_ssm.system.files import write_json
+from dis_ssm.system.progress import bar_interval
 from dis_ssm.system.reading import FileError, read_json, sha256
 
 FORMAT = 1
@@ -328,8 +328,3 @@ def verify_shard(folder: Path, manifest: dict[str, Any], record: dict[str, Any])
     allowed = range(classes) if classes else (NO_LABEL,)
     if wrong := set(tensors["label"].tolist()) - set(allowed):
         raise CacheError(f"{path} has label {min(wrong)} but there are {classes} classes")
-
-
-def bar_interval() -> float:
-    """Seconds between two drawings of a progress bar: fewer on a terminal than in a file."""
-    return 0.2 if sys.stderr.isatty() else 30.0

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from dis_ssm.data import sources
 from dis_ssm.data.datasets import FileDataset, ImageDataset, TensorDataset
+from dis_ssm.data.latents import MANIFEST, is_cache, open_cache
 from dis_ssm.data.sources import SOURCES, SPLITS
 from dis_ssm.data.sources.decode import check_background
 from dis_ssm.storage.checkpoint import CheckpointError, locate
 from dis_ssm.system.reading import parse_json, read_bytes
-
-LATENT_MANIFEST = "manifest.json"
 
 
 def open_dataset(
@@ -46,9 +45,8 @@ def open_dataset(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     check_background(background)
-    manifest = Path(source).expanduser() / LATENT_MANIFEST
-    if str(source) not in SOURCES and manifest.is_file():
-        return _open_latents(manifest, split, image_size)
+    if str(source) not in SOURCES and is_cache(source):
+        return _open_latents(Path(source).expanduser() / MANIFEST, split, image_size)
     kind, path = sources.recognise(source)
     if kind == "folder":
         refuse_run(path)
@@ -87,8 +85,6 @@ def refuse_run(path: Path) -> None:
 
 
 def _open_latents(manifest: Path, split: str, image_size: int | None) -> ImageDataset:
-    from dis_ssm.data.latents import open_cache
-
     made = parse_json(read_bytes(manifest), f"{manifest} is no manifest of a latent cache: it")
     if not isinstance(made, dict):
         raise ValueError(f"{manifest} is no manifest of a latent cache: it is no object")
@@ -105,6 +101,6 @@ def _open_latents(manifest: Path, split: str, image_size: int | None) -> ImageDa
 def _check_size(path: Path, image_size: int | None) -> None:
     if image_size is None:
         what = "a folder" if path.is_dir() else "a file"
-        raise ValueError(f"{path} is {what} of images: say image_size, in pixels")
+        raise ValueError(f"{path} is {what} of images: say image_size (--image-size), in pixels")
     if image_size < 1:
         raise ValueError(f"image_size {image_size} must be at least 1")

@@ -28,7 +28,6 @@ from dis_ssm.data.latents import (
     FORMAT,
     MANIFEST,
     CacheError,
-    bar_interval,
     manifest_sha256,
     open_cache,
     read_manifest,
@@ -42,6 +41,7 @@ from dis_ssm.system.files import DRAFT, drafted, write_json
 from dis_ssm.system.locks import is_empty, locked
 from dis_ssm.system.machine import pick_device, versions
 from dis_ssm.system.prefetch import prefetch
+from dis_ssm.system.progress import bar_interval
 from dis_ssm.system.reading import sha256
 
 if TYPE_CHECKING:

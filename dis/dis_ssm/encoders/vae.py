@@ -1,5 +1,6 @@
-"""The only door to diffusers' model classes: AutoencoderKL, and DiT to compare with.
+"""The VAE of diffusers: loaded, checked, identified.
 
+Only here and in `models.dit` are classes of diffusers built.
 diffusers is imported inside the functions, because that takes seconds.
 """
 

@@ -27,7 +27,7 @@ from dis_ssm.metrics.scores import Halving, frechet_score, halving, inception_sc
 from dis_ssm.metrics.statistics import ADM_KEYS, StoredStatistics
 from dis_ssm.system.distributed import World
 from dis_ssm.system.files import check_writable
-from dis_ssm.system.machine import pick_device, versions
+from dis_ssm.system.machine import device_name, pick_device, versions
 
 REFERENCE_IMAGES = 10_000  # what ADM's reference files hold for precision and recall
 SPLITS = 10
@@ -134,7 +134,7 @@ def evaluate_samples(
         "samples": generated.describe(),
         "reference": target.description,
         "run": {
-            "device": _device_name(world.device),
+            "device": device_name(world.device),
             "processes": world.size,
             "seconds": round(time.perf_counter() - started, 1),
             "versions": _versions(),
@@ -306,7 +306,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

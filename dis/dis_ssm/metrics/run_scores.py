@@ -38,7 +38,8 @@ from dis_ssm.sampling.grids import label_columns, save_images
 from dis_ssm.sampling.seeds import image_generators
 from dis_ssm.storage.checkpoint import identity, locate, read_state
 from dis_ssm.system.files import check_writable
-from dis_ssm.system.machine import pick_device, versions
+from dis_ssm.system.machine import device_name, pick_device, versions
+from dis_ssm.system.progress import bar_interval
 from dis_ssm.system.reading import FileError, read_json
 from dis_ssm.system.tables import format_table
 
@@ -181,7 +182,7 @@ def provenance(
         "checkpoint": identity(checkpoint),
         "samples": samples_name(step, settings),
         "batch_size": settings.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "versions": versions() | {"numpy": np.__version__},
     }
 
@@ -366,7 +367,7 @@ def _watched(model: nn.Module, passes: int, name: str, progress: bool) -> Iterat
             )
         bar.update()
 
-    interval = 0.2 if sys.stderr.isatty() else 30.0
+    interval = bar_interval()
     bar = tqdm(total=passes, desc=name, unit="pass", mininterval=interval, disable=not progress)
     with bar:
         hook = model.register_forward_hook(after_pass)

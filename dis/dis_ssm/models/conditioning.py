@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dis_ssm.condition import Condition, Conditioning
 from dis_ssm.models.mixer import dtype_of
 
 
@@ -54,6 +55,22 @@ def batch_of_times(t: Any, x: Tensor) -> Tensor:
     """A number or a tensor () for every image of x, (B,), on its device; a tensor (B,) stays."""
     t = torch.as_tensor(t, device=x.device)
     return t.expand(len(x)) if t.ndim == 0 else t
+
+
+def as_tensor(y: Conditioning) -> Tensor | None:
+    """The label or the vector of a `Condition` that has no other part; a tensor or None stays.
+
+    Raises:
+        ValueError: the condition has other parts, or both.
+    """
+    if not isinstance(y, Condition):
+        return y
+    parts = y.parts()
+    if parts.keys() not in ({"label"}, {"vector"}):
+        raise ValueError(
+            f"y has {', '.join(parts)}: this model takes a label or a vector and nothing else"
+        )
+    return next(iter(parts.values()))
 
 
 def drop_labels(y: Tensor, probability: float, null_class: int) -> Tensor:

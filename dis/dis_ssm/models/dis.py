@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dis_ssm.condition import Conditioning
 from dis_ssm.models.blocks import Block, Decoder
 from dis_ssm.models.checks import check_condition, check_input
-from dis_ssm.models.conditioning import TimeEmbedding, batch_of_times, drop_labels
+from dis_ssm.models.conditioning import TimeEmbedding, as_tensor, batch_of_times, drop_labels
 from dis_ssm.models.config import DiSConfig
 from dis_ssm.models.initialization import init_weights
 from dis_ssm.models.mixer import BiMamba, dtype_of
@@ -141,7 +142,7 @@ class DiS(nn.Module):
         return torch.cat([tokens, self.grid.resize(patches, old)], dim=1)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, block_mask: Tensor | None = None
+        self, x: Tensor, t: Tensor, y: Conditioning = None, block_mask: Tensor | None = None
     ) -> Tensor:
         """Predicts the target for every pixel.
 
@@ -150,7 +151,7 @@ class DiS(nn.Module):
             t: (B,) timestep, integer or float, in the units of training (0 ... T - 1); a number or
                 a tensor () is that of all images.
             y: (B,) labels of any integer dtype (`null_class` for none), or (B, cond_dim)
-                vectors; None when unconditional.
+                vectors, or a `Condition` of that one part; None when unconditional.
             block_mask: (depth, B) bool, the images of which stochastic depth keeps each block's
                 input in training; None draws them here.
 
@@ -161,7 +162,7 @@ class DiS(nn.Module):
         Raises:
             ValueError: a shape, dtype or label that the model was not built for.
         """
-        t = batch_of_times(t, x)  # (B,)
+        t, y = batch_of_times(t, x), as_tensor(y)  # (B,) each, or y (B, cond_dim)
         dtype = dtype_of(self.patch_embed, x.dtype)
         check_input(x, t, (self.in_channels, *self.input_size), dtype)
         check_condition(y, len(x), self.num_classes, self.cond_dim, self.has_null_class)

@@ -243,8 +243,8 @@ def _scan(given: ScanInputs, dt_softplus: bool, reverse: bool, keeps: bool) -> t
 
 def backward_shared(states: int, warps: int, io_bytes: int) -> int:
     """Bytes of shared memory of scan_backward (scan.cu: BLOCK_FLOATS, WARP_FLOATS)."""
-    row, ring = 32 + max(2 * states, 32) + 4, CHUNK // STEP + 1
-    warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 40) + 8 * CHUNK * 32 * io_bytes
+    row, ring, sums = 32 + max(2 * states, 32), CHUNK // STEP, 8 * 128 + 12
+    warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 32 + sums) + 8 * CHUNK * 32 * io_bytes
     return 4 * 2 * states * (CHUNK + 4) + 4 * CHUNK * states * io_bytes + warps * warp
 
 
@@ -259,11 +259,14 @@ def backward_warps(states: int, io_bytes: int, block_limit: int, sm_limit: int) 
 
 
 def _aligned(scan: Scan, states: int, io_bytes: int) -> bool:
-    """Whether every row that scan_backward copies begins and ends on a border of 16 bytes."""
+    """Whether every row that scan_backward copies begins and ends on a border of 16 bytes, and
+    a chunk of them lies within 2^31 bytes."""
     directions = scan.direction[: scan.directions]
     rows = [scan.z, scan.dout, *(row for d in directions for row in (d.x, d.dt, d.B, d.C))]
     numbers = [n for r in rows for n in (r.data or 0, r.batch_stride, r.row_stride)]
-    return scan.state == states and all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
+    near = all(r.row_stride * CHUNK < 2**31 for r in rows)
+    even = all(n % 16 == 0 for n in (*numbers, scan.channels * io_bytes))
+    return near and even and scan.state == states
 
 
 @functools.cache
@@ -353,7 +356,8 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
     df, *db = directions
     grads = ScanInputs(df, *(db or [None]), dz)
     if length:
-        call.macros["ALIGNED"] = int(_aligned(scan, size, call.io.itemsize))
+        aligned = int(_aligned(scan, size, call.io.itemsize))
+        call.macros |= {"ALIGNED": aligned, "FULL": call.macros["FULL"] & aligned}
         shared = backward_shared(size, warps, call.io.itemsize)
         call.launch("scan_backward", (batch, groups, scan.directions), 32 * warps, scan, shared)
     call.sum()
@@ -362,7 +366,8 @@ def scan_backward(dout: Tensor, pregate: Tensor, states: Tensor, *arguments) -> 
 
 # ---- the convolution -------------------------------------------------------------------------
 
-CONV_THREADS, SEGMENT = 128, 64  # the latter conv.cu's
+CONV_THREADS = 128
+SEGMENTS = 258, 130, 64  # tokens of a thread, at most
 
 
 def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, list[ConvSide]]:
@@ -378,6 +383,14 @@ def _conv(given: ConvInputs, silu: bool, reverse: bool) -> tuple[_Call, Conv, li
     return call, conv, sides
 
 
+def _segment(conv: Conv, choices: tuple[int, ...], device: torch.device) -> int:
+    """Tokens of a thread: equal parts of the length, the longest that leave no processor idle."""
+    groups = conv.batch * -(-conv.channels // (2 * CONV_THREADS))
+    parts = [max(-(-conv.length // size), 1) for size in choices]
+    enough = [n for n in parts if groups * n >= 2 * _processors(device)]
+    return max(-(-conv.length // (enough or parts[-1:])[0]), 1)
+
+
 def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
     """With two channels a thread where every row is aligned to them."""
     pair = 2 * call.io.itemsize
@@ -385,7 +398,7 @@ def _launch_conv(call: _Call, name: str, conv: Conv, rows: list[Rows]) -> None:
     each = 2 if conv.channels % 2 == 0 and all(n % pair == 0 for n in numbers) else 1
     call.macros["EACH"] = each
     groups = -(-conv.channels // (each * CONV_THREADS))
-    grid = (conv.batch * -(-conv.length // SEGMENT), groups, 1)
+    grid = (conv.batch * -(-conv.length // conv.segment), groups, 1)
     call.launch(name, grid, CONV_THREADS, conv)
 
 
@@ -393,6 +406,7 @@ def conv_forward(x, weight_f, bias_f, weight_b, bias_b, silu, reverse) -> list[T
     """`dis_ssm::conv` on a GPU: same arguments and results as `conv_op`."""
     given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
     call, conv, sides = _conv(given, silu, reverse)
+    conv.segment = _segment(conv, SEGMENTS[1:], x.device)
     outputs = [call.empty(*x.shape) for _ in sides]
     for side, y in zip(sides, outputs, strict=True):
         side.y = call.pointer(y)
@@ -404,9 +418,10 @@ def conv_backward(dy_f, dy_b, x, weight_f, bias_f, weight_b, bias_b, silu, rever
     """`dis_ssm::conv_backward` on a GPU: same arguments and results as `conv_backward_op`."""
     given = ConvInputs.from_flat(x, weight_f, bias_f, weight_b, bias_b)
     call, conv, sides = _conv(given, silu, reverse)
+    conv.segment = _segment(conv, SEGMENTS, x.device)
     dx = call.empty(*x.shape)
     conv.dx = call.pointer(dx)
-    segments, filters = x.shape[0] * -(-x.shape[1] // SEGMENT), []
+    segments, filters = x.shape[0] * -(-x.shape[1] // conv.segment), []
     for side, (weight, bias), dy in zip(sides, given.directions(), (dy_f, dy_b), strict=False):
         side.dy = call.rows(dy)
         side.dweight, dweight = call.partial(segments, weight, torch.float32)

@@ -39,7 +39,7 @@ class Conv(ctypes.Structure):
     """The kernels of `conv.cu`."""
 
     _fields_ = [
-        *integers("batch", "length", "channels"),
+        *integers("batch", "length", "channels", "segment"),
         ("past", ConvSide),
         ("future", ConvSide),
         ("x", Rows),

@@ -118,7 +118,9 @@ def plan_samples(
         raise ValueError(f"{origin.run} draws latents, and pictures of them need a VAE: give vae")
     for label in classes:
         if not 0 <= label < pipeline.num_classes:
-            raise ValueError(f"{origin.run} has classes 0 to {pipeline.num_classes - 1}: {label}")
+            raise ValueError(
+                f"class {label} is not one of the {pipeline.num_classes} classes of {origin.run}"
+            )
     return SamplePlan(
         settings,
         read_state(origin.checkpoint)["step"],

@@ -12,6 +12,11 @@ def versions() -> dict[str, str]:
     return {"dis_ssm": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def device_name(device: torch.device) -> str:
+    """The model of a GPU; of another device its type, such as "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The named device; for None, cuda if there is a GPU, else cpu.
 

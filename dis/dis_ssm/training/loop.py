@@ -6,7 +6,6 @@ another, so that all decide alike.
 
 import contextlib
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +24,7 @@ from dis_ssm.storage.classes import keep_class_names
 from dis_ssm.storage.run import exclusive, preview_path, score_path
 from dis_ssm.system.distributed import World, join_world
 from dis_ssm.system.files import write_json
+from dis_ssm.system.progress import bar_interval
 from dis_ssm.training.batches import BatchLoader
 from dis_ssm.training.log import RunLog, ThroughputMeter, require_wandb
 from dis_ssm.training.optimizer import learning_rate
@@ -227,7 +227,7 @@ class Loop:
             initial=self.trainer.step,
             bar_format=BAR,
             ncols=min(BAR_WIDTH, shutil.get_terminal_size((BAR_WIDTH, 1)).columns),
-            mininterval=0.2 if sys.stderr.isatty() else 30.0,
+            mininterval=bar_interval(),
             disable=not self.world.main,
         )
 

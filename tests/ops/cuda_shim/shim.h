@@ -134,6 +134,10 @@ static void run_block(unsigned threads, int order) {
 inline void __syncthreads() { shim::wait(shim::barriers.back(), blockDim.x, 0); }
 inline void __syncwarp() { shim::wait(shim::barriers[threadIdx.x / 32], 32, 0); }
 
+typedef long long int64;
+inline void keep(int64&) {}
+inline void keep(int&) {}
+
 // As late as the GPU may: when the thread waits for its copies.
 inline void copy_async(void* to, const void* from) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16) shim::error = "copies 16 bytes to or from between their borders";

@@ -67,6 +67,6 @@ def recognise(source: str | Path) -> tuple[str, Path]:
 
 def _unknown_source(source: str) -> str:
     return (
-        f"unknown data source {source!r}: {did_you_mean(source, SOURCES)} Or give an existing "
-        f"folder or archive of images"
+        f"unknown data source {source!r}: {did_you_mean(source, SOURCES)} (or give an existing "
+        f"folder or archive of images)"
     )
