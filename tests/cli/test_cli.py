@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,18 +114,14 @@ def test_mistakes_end_with_two_and_name_themselves(arguments, words, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_an_empty_data_folder_is_one_line(tmp_path):
+def test_an_empty_data_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     flags = ["--data.source", "images", "--data.image-size", "8", "--out", "run"]
-    result = subprocess.run(
-        [sys.executable, "-m", "dis_ssm.cli", "train", "digits", *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("dis-ssm: error: images is empty")
-    assert result.stderr.count("\n") == 1
+    assert main(["train", "digits", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("dis-ssm: error: images is empty")
+    assert error.count("\n") == 1
     assert os.listdir(tmp_path) == ["images"]
 
 
