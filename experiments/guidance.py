@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -- experiments/guidance.py RUN ...
 
 For each scale the images are drawn as `dis-ssm sample` draws a set, into RUN/guidance, and scored
-as `dis-ssm evaluate` scores it; run the same command again to continue after it was killed. Without a
+as `dis-ssm evaluate` scores it; rerun it to continue after a kill. Without a
 REFERENCE the run's data is one. Writes RUN/guidance/guidance.json, .png and .md, or --results FILE;
 errors are standard errors from repeated halves of the samples.
 """

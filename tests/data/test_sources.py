@@ -527,7 +527,7 @@ def test_something_else(tmp_path):
         open_dataset(tmp_path, image_size=SIZE)
     with pytest.raises(ValueError, match=r"notes\.txt is no data source: .*\.zip, \.parquet"):
         open_dataset(tmp_path / "notes.txt", image_size=SIZE)
-    with pytest.raises(ValueError, match=r"unknown data source '.*gone\.zip': give one of"):
+    with pytest.raises(ValueError, match=r"unknown data source '.*gone\.zip': there are"):
         open_dataset(tmp_path / "gone.zip", image_size=SIZE)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "x.csv").write_text("1,2")

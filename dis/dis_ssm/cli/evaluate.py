@@ -69,8 +69,8 @@ def evaluate(
         extractor: the features; inception, which is FID's, unless given.
         weights: a file of the extractor's weights; inception downloads its own without one.
         resize: side in pixels that lite0 and dinov2 resize images to, instead of 224.
-        batch_size: images that are drawn, or passed to the extractor, together; 64 unless given, of a run as its
-            config says.
+        batch_size: images that are drawn, or passed to the extractor, together; 64 unless given, of
+            a run as its config says.
         image_size: crop and scale a reference that is a data set to this; unset, of a run as its
             config says.
         split: of a reference that is a data set; train unless given, heldout of a run's own data.
@@ -95,7 +95,7 @@ def evaluate(
     if reference is None and not extractor:
         raise ValueError(
             f"give a REFERENCE, or an --extractor to compare {samples} with the held-out images of "
-            f"its data; class accuracy and bits per dimension: dis-ssm score {samples}"
+            f"its data; for class accuracy and bits per dimension run dis-ssm score {samples}"
         )
     if reference and reference.endswith(".npz") and (split or image_size is not None):
         raise ValueError(f"{reference} is used as it is: leave out --split and --image-size")
