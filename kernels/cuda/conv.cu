@@ -3,8 +3,8 @@
 //   pre_t = bias + sum_k weight[k] x_{t - (K-1) + k}       y_t = silu(pre_t) or pre_t
 //
 // A direction looks at the past, or with x_{t + (K-1) - k} at the future; a call has at most one of each. Tokens
-// outside [0, L) are zero. A thread has C neighbouring channels and a segment of tokens, and slides a window of registers
-// over them; the loads of a group of tokens are under way before the first is used.
+// outside [0, L) are zero. A thread has C neighbouring channels and a segment of tokens, and slides a window of
+// registers over them; the loads of a group of tokens are under way before the first is used.
 // K, EACH (C: 1 or 2), PAST, FUTURE, SILU and IO are set on the command line.
 #include "common.cuh"
 

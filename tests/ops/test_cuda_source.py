@@ -126,8 +126,8 @@ def libraries(tmp_path_factory):
     def build(source, macros):
         key = source, tuple(sorted(macros.items()))
         if key not in built:
-            text = (nvrtc.SOURCES / f"{source}.cu").read_text()
-            text += (nvrtc.SOURCES / "common.cuh").read_text()
+            files = [*nvrtc.SOURCES.glob(f"{source}*.cu*"), nvrtc.SOURCES / "common.cuh"]
+            text = "".join(file.read_text() for file in sorted(files))
             kernels = re.findall(r'extern "C" __global__ .*?(\w+)\(const __grid', text)
             path = folder / f"{source}{len(built)}.so"
             command = [

@@ -205,7 +205,7 @@ class _Call:
 
 # ---- the scan --------------------------------------------------------------------------------
 
-FORWARD_THREADS, FORWARD_TILE = 64, 8  # scan.cu's
+FORWARD_THREADS, FORWARD_TILE = 64, 8  # scan_forward.cuh's
 FULL = 128  # channels: a multiple of those of any block
 FEW_WARPS = 4  # an SM; with fewer in the wide kernel a channel gets several lanes
 
@@ -242,7 +242,7 @@ def _scan(given: ScanInputs, dt_softplus: bool, reverse: bool, keeps: bool) -> t
 
 
 def backward_shared(states: int, warps: int, io_bytes: int) -> int:
-    """Bytes of shared memory of scan_backward (scan.cu: BLOCK_FLOATS, WARP_FLOATS)."""
+    """Bytes of shared memory of scan_backward (scan_backward.cuh: BLOCK_FLOATS, WARP_FLOATS)."""
     row, ring, sums = 32 + max(2 * states, 32), CHUNK // STEP, 8 * 128 + 12
     warp = 4 * (CHUNK * row + STEP * 64 + ring * states * 32 + sums) + 8 * CHUNK * 32 * io_bytes
     return 4 * 2 * states * (CHUNK + 4) + 4 * CHUNK * states * io_bytes + warps * warp
