@@ -18,7 +18,7 @@ from torch import Tensor
 from dis_ssm.data.datasets import ImageDataset
 from dis_ssm.data.order import epoch_order
 from dis_ssm.metrics.extractors import Extractor, open_extractor
-from dis_ssm.metrics.features import Scanned, scan
+from dis_ssm.metrics.features import SetFeatures, extract_features
 from dis_ssm.metrics.frechet import Gaussian
 from dis_ssm.metrics.manifold import Manifold
 from dis_ssm.metrics.readers import Images, NpzImages, npz_keys, open_images
@@ -109,9 +109,9 @@ def evaluate_samples(
         _check_comparable(generated, stored, real, extractor)
 
     options = {"splits": splits, "batch_size": batch_size, "world": world, "progress": progress}
-    target = _scan_reference(stored, real, extractor, reference_images, options)
+    target = _reference_features(stored, real, extractor, reference_images, options)
     wanted = torch.full((len(generated),), target.features is not None)
-    made = scan(generated, extractor, keep=wanted, **options)
+    made = extract_features(generated, extractor, keep=wanted, **options)
     if save_reference is not None:
         with world.together():
             if world.main:
@@ -229,7 +229,7 @@ def _check_savable(path: Path, stored: StoredStatistics | None) -> None:
     check_writable(path)
 
 
-def _scan_reference(
+def _reference_features(
     stored: StoredStatistics | None,
     real: Images | None,
     extractor: Extractor,
@@ -248,17 +248,17 @@ def _scan_reference(
         return Target(stored.gaussians, None, None, description)
     chosen = torch.zeros(len(real), dtype=torch.bool)
     chosen[epoch_order(len(real), seed=0, epoch=0)[:most]] = True
-    scanned = scan(real, extractor, keep=chosen, **options)
+    found = extract_features(real, extractor, keep=chosen, **options)
     if stored:
-        return Target(stored.gaussians, scanned.features, chosen, description)
+        return Target(stored.gaussians, found.features, chosen, description)
     if len(real) < 2:
         raise ValueError(f"{real.name} has 1 image: a distance needs 2 or more")
-    gaussians = {name: scanned.statistics.gaussian(name) for name in scanned.statistics.names}
-    return Target(gaussians, scanned.features, chosen, description)
+    gaussians = {name: found.statistics.gaussian(name) for name in found.statistics.names}
+    return Target(gaussians, found.features, chosen, description)
 
 
 def _scores(
-    made: Scanned,
+    made: SetFeatures,
     target: Target,
     extractor: Extractor,
     neighbours: int,

@@ -19,14 +19,14 @@ from dis_ssm.system.prefetch import prefetch
 
 
 @dataclass
-class Scanned:
-    """What `scan` found: `features` (m, d), float32, are those of the images that were kept."""
+class SetFeatures:
+    """Of a set of images: `features` (m, d), float32, are the pool features that were kept."""
 
     statistics: SetStatistics
     features: Tensor
 
 
-def scan(
+def extract_features(
     images: Images,
     extractor: Extractor,
     *,
@@ -35,7 +35,7 @@ def scan(
     batch_size: int,
     world: World,
     progress: bool = False,
-) -> Scanned:
+) -> SetFeatures:
     """Compute the features of all images, all processes of `world` together.
 
     The processes take batches in turn and exchange the features; each then sums all of them in the
@@ -72,4 +72,4 @@ def scan(
                 statistics.update(part)
                 kept.append(part["pool"][keep[where]])
                 bar.update(where.stop - where.start)
-    return Scanned(statistics, torch.cat(kept))
+    return SetFeatures(statistics, torch.cat(kept))

@@ -1,8 +1,8 @@
-"""The five scores of scanned samples, each with its standard error from repeated halves."""
+"""The five scores of a set of samples, each with its standard error from repeated halves."""
 
 from typing import Any
 
-from dis_ssm.metrics.features import Scanned
+from dis_ssm.metrics.features import SetFeatures
 from dis_ssm.metrics.frechet import Gaussian
 from dis_ssm.metrics.manifold import Manifold, precision_recall
 from dis_ssm.metrics.statistics import ALL, HALVES, T_95, halves_error
@@ -29,7 +29,9 @@ def score(value: float, halves: list[float] | None = None) -> dict[str, Any]:
     return {"value": value, "stderr": error, "interval": interval}
 
 
-def frechet_score(name: str, made: Scanned, aim: Gaussian, pairs: Halving, world: World) -> dict:
+def frechet_score(
+    name: str, made: SetFeatures, aim: Gaussian, pairs: Halving, world: World
+) -> dict:
     """Fréchet distance of the features `name`. The processes share the halves."""
     halves = [half for pair in pairs for half in pair]
     statistics = made.statistics
@@ -40,7 +42,7 @@ def frechet_score(name: str, made: Scanned, aim: Gaussian, pairs: Halving, world
     return score(statistics.gaussian(name).distance(aim), values)
 
 
-def inception_score(made: Scanned, pairs: Halving) -> dict | None:
+def inception_score(made: SetFeatures, pairs: Halving) -> dict | None:
     """None when there are fewer images than splits."""
     whole = made.statistics.inception_score()
     if whole is None:
@@ -51,7 +53,7 @@ def inception_score(made: Scanned, pairs: Halving) -> dict | None:
 
 
 def manifold_scores(
-    made: Scanned, reference: Manifold, k: int, pairs: Halving, world: World
+    made: SetFeatures, reference: Manifold, k: int, pairs: Halving, world: World
 ) -> dict[str, dict]:
     """{"precision": score, "recall": score}."""
 
