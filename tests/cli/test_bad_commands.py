@@ -225,7 +225,7 @@ def stopped_before_work(began, monkeypatch):
     sizes = {"source_images": 2, "shard_size": 2, "vae": {}}
     monkeypatch.setattr(encoding, "_settings", lambda *_: sizes)
     monkeypatch.setattr(encoding, "_look", began)
-    monkeypatch.setattr(evaluator, "_scan_reference", began)
+    monkeypatch.setattr(evaluator, "extract_features", began)
 
 
 @pytest.mark.parametrize("case", CASES)
