@@ -83,6 +83,15 @@ def test_all_parts_are_made_null():
     assert only.null("label").vector.all()
 
 
+def test_the_null_of_a_context_without_a_mask_gets_one():
+    for context in (torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)):
+        c = Condition(context=context)
+        null = c.null("context")
+        assert not null.context.any() and null.context_mask.tolist() == [[False] * 3] * 2
+        both = Condition.cat([c, null])
+        assert both.context_mask.tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
+
+
 def test_nulls_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="give null_class"):
         whole().null()
@@ -98,7 +107,10 @@ def test_nulls_that_make_no_sense_are_refused():
         ({"label": [1, 2]}, r"label must be integer \(B\), got \[1, 2\]"),
         ({"label": torch.zeros(2, 1, dtype=torch.int64)}, r"label .* got '\(2, 1\) torch.int64'"),
         ({"vector": torch.zeros(2, 3, dtype=torch.int64)}, "vector must be floating point"),
-        ({"context": torch.zeros(2, 3)}, r"context must be floating point \(B, M, d\)"),
+        (
+            {"context": torch.zeros(2, 3)},
+            r"context must be floating point \(B, M, d\) or integer \(B, M\)",
+        ),
         ({"image": torch.zeros(2, 3, 4)}, r"image must be floating point \(B, C, H, W\)"),
         ({"context_mask": torch.ones(2, 3).bool()}, "without the context"),
         (

@@ -7,9 +7,9 @@ Letters: B rows, one per image; M context tokens; d features; (C, H, W) the shap
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ class Condition:
     Args:
         label: (B,) integer, classes.
         vector: (B, d) floating point, such as the embedding of a whole sentence.
-        context: (B, M, d) floating point, tokens to attend to.
-        context_mask: (B, M) bool, which tokens of `context` count; all when None.
+        context: tokens to attend to, (B, M, d) floating point, or (B, M) integer, the ids of words
+            that the model embeds itself.
+        context_mask: (B, M) bool, which tokens of `context` count; all when None. A row without any
+            is the null context.
         image: (B, C, H, W) floating point: a map, a masked or a small image.
 
     Raises:
@@ -48,10 +50,11 @@ class Condition:
         if not parts:
             raise ValueError(f"a Condition needs at least one part of {', '.join(PARTS)}")
         for name, part in parts.items():
-            shape, kind, fits = KINDS[name]
-            if not isinstance(part, Tensor) or part.ndim != len(shape) or not fits(part):
+            if not any(kind.holds(part) for kind in KINDS[name]):
                 found = f"{tuple(part.shape)} {part.dtype}" if isinstance(part, Tensor) else part
-                raise ValueError(f"{name} must be {kind} ({', '.join(shape)}), got {found!r}")
+                raise ValueError(
+                    f"{name} must be {' or '.join(map(str, KINDS[name]))}, got {found!r}"
+                )
         first = next(iter(parts))
         for name, part in parts.items():
             if len(part) != len(parts[first]):
@@ -91,13 +94,16 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
-        """All rows, one condition after the other.
+        """All rows, one condition after the other. Where some have a context_mask, the contexts of
+        the others count whole.
 
         Raises:
             ValueError: none is given, or they have different parts.
         """
         if not conditions:
             raise ValueError("there is no condition to concatenate")
+        if any(condition.context_mask is not None for condition in conditions):
+            conditions = [condition._masked() for condition in conditions]
         names = [tuple(condition.parts()) for condition in conditions]
         for other in names:
             if other != names[0]:
@@ -108,6 +114,15 @@ class Condition:
             for name in names[0]
         }
         return Condition(**joined)
+
+    def _masked(self) -> "Condition":
+        """The same with the context_mask that a context without one stands for."""
+        if self.context is None or self.context_mask is not None:
+            return self
+        everything = torch.ones(
+            self.context.shape[:2], dtype=torch.bool, device=self.context.device
+        )
+        return dataclasses.replace(self, context_mask=everything)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Condition":
         """Every part on `device`."""
@@ -120,7 +135,8 @@ class Condition:
         """The same with `parts`, all when none is named, replaced by what stands for nothing.
 
         The label becomes `null_class`; vector, context and image become zeros; the context_mask
-        becomes False, also where only "context" is named. A named part that is not given stays so.
+        becomes False, given or not, also where only "context" is named. Any other named part that
+        is not given stays so.
 
         Raises:
             ValueError: an unknown part, or a label to be replaced without a `null_class`.
@@ -130,9 +146,8 @@ class Condition:
         named = {*parts} or {*PARTS}
         if "context" in named:
             named.add("context_mask")
-        nulls = {
-            name: torch.zeros_like(part) for name, part in self.parts().items() if name in named
-        }
+        parts = self._masked().parts() if "context" in named else self.parts()
+        nulls = {name: torch.zeros_like(part) for name, part in parts.items() if name in named}
         if "label" in nulls:
             if null_class is None:
                 raise ValueError("the null of a label is a class: give null_class")
@@ -145,12 +160,30 @@ def _is_integer(part: Tensor) -> bool:
     return not (part.is_floating_point() or part.is_complex() or part.dtype == torch.bool)
 
 
-KINDS = {  # the letters of its shape, what to call it, and whether a tensor is of its kind
-    "label": ("B", "integer", _is_integer),
-    "vector": ("Bd", "floating point", Tensor.is_floating_point),
-    "context": ("BMd", "floating point", Tensor.is_floating_point),
-    "context_mask": ("BM", "bool", lambda part: part.dtype == torch.bool),
-    "image": ("BCHW", "floating point", Tensor.is_floating_point),
+class Kind(NamedTuple):
+    """What a part may be: what to call it, the letters of its shape, and the test of its dtype."""
+
+    name: str
+    shape: str
+    fits: Callable[[Tensor], bool]
+
+    def holds(self, part: object) -> bool:
+        """Whether `part` is of this kind."""
+        return isinstance(part, Tensor) and part.ndim == len(self.shape) and self.fits(part)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.shape)})"
+
+
+KINDS = {
+    "label": (Kind("integer", "B", _is_integer),),
+    "vector": (Kind("floating point", "Bd", Tensor.is_floating_point),),
+    "context": (
+        Kind("floating point", "BMd", Tensor.is_floating_point),
+        Kind("integer", "BM", _is_integer),
+    ),
+    "context_mask": (Kind("bool", "BM", lambda part: part.dtype == torch.bool),),
+    "image": (Kind("floating point", "BCHW", Tensor.is_floating_point),),
 }
 PARTS = tuple(KINDS)
 
